@@ -1,0 +1,1 @@
+"""Latency, throughput, accuracy parity and localisation; knows every room."""

@@ -1,0 +1,82 @@
+"""Every error thoraxrt raises on purpose, in one tree.
+
+    ThoraxrtError
+    ├── ImageError                   one image cannot be answered; others can
+    │   ├── ImageFormatError         not an image we read, truncated, or corrupt
+    │   ├── ImageLimitError          too many bytes or pixels, or a shape no radiograph has
+    │   └── ImageContentError        readable, but not one frontal grayscale radiograph
+    ├── BundleError                  the bundle is missing, damaged, or of another schema
+    ├── CheckpointError              the checkpoint cannot be read or fits no known network
+    ├── DatasetError                 a data set folder does not hold what its layout promises
+    ├── BackendError                 inference failed, or the runtime broke
+    │   └── BackendUnavailableError  the backend or precision cannot run on this machine
+    ├── RequestError                 an option or argument that makes no sense for this model
+    └── ServerError                  the server could not be reached or did not answer
+
+A message says what was received, what was expected and what to do. Image content and patient
+data never appear in a message. This module knows neither exit statuses (`thoraxrt.cli`) nor
+gRPC codes (`thoraxrt.server.status`).
+"""
+
+__all__ = [
+    "BackendError",
+    "BackendUnavailableError",
+    "BundleError",
+    "CheckpointError",
+    "DatasetError",
+    "ImageContentError",
+    "ImageError",
+    "ImageFormatError",
+    "ImageLimitError",
+    "RequestError",
+    "ServerError",
+    "ThoraxrtError",
+]
+
+
+class ThoraxrtError(Exception):
+    """The root: everything thoraxrt raises on purpose."""
+
+
+class ImageError(ThoraxrtError):
+    """One image cannot be answered; the others of the batch can."""
+
+
+class ImageFormatError(ImageError):
+    """The bytes are no image we read, or are truncated or corrupt."""
+
+
+class ImageLimitError(ImageError):
+    """The image exceeds a limit on bytes or pixels, or has a shape that no radiograph has."""
+
+
+class ImageContentError(ImageError):
+    """The image is readable but is not a single grayscale radiograph."""
+
+
+class BundleError(ThoraxrtError):
+    """The bundle is missing, damaged, or written for another schema version."""
+
+
+class CheckpointError(ThoraxrtError):
+    """The checkpoint cannot be read safely, or its weights fit no network that we know."""
+
+
+class DatasetError(ThoraxrtError):
+    """A data set folder does not hold what its layout promises."""
+
+
+class BackendError(ThoraxrtError):
+    """The runtime failed while loading or running the network."""
+
+
+class BackendUnavailableError(BackendError):
+    """The backend, or the asked-for precision on it, cannot run on this machine."""
+
+
+class RequestError(ThoraxrtError):
+    """An option or argument that makes no sense for this model, an unknown finding say."""
+
+
+class ServerError(ThoraxrtError):
+    """The server could not be reached, or answered with something other than a result."""

@@ -1,0 +1,1 @@
+"""Checkpoint -> network -> ONNX -> bundle; the NIH layout reader and the phantoms."""
