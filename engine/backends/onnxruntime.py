@@ -1,0 +1,74 @@
+"""ONNX Runtime on the CPU: the portable path, and the oracle for the other backends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from thoraxrt.engine.backends import NetworkOutput
+from thoraxrt.engine.bundle import Bundle
+from thoraxrt.engine.errors import BackendError, BackendUnavailableError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+__all__ = ["OnnxRuntimeBackend", "open", "precisions"]
+
+_NO_HALF = (
+    "ONNX Runtime's CPU provider has no {0} convolutions: it would run fp32 arithmetic on {0} weights; "
+    "use --precision fp32, or another backend"
+)
+
+
+def precisions() -> Mapping[str, str | None]:
+    """See `thoraxrt.engine.backends.BackendModule`."""
+    _import()
+    return {"fp32": None, "bf16": _NO_HALF.format("bf16"), "fp16": _NO_HALF.format("fp16"), "int8": None}
+
+
+def open(bundle: Bundle, precision: str) -> OnnxRuntimeBackend:  # noqa: A001 - the protocol's name
+    """Load the bundle's graph of this precision."""
+    return OnnxRuntimeBackend(bundle.read(bundle.graph_name(precision)), precision)
+
+
+class OnnxRuntimeBackend:
+    """An ONNX graph (its serialised bytes) in an InferenceSession on the CPU provider."""
+
+    name = "onnxruntime"
+
+    def __init__(self, graph: bytes, precision: str) -> None:
+        self.precision = precision
+        runtime = _import()
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3  # errors only: warnings would reach the user's terminal
+        try:
+            self._session: ort.InferenceSession | None = runtime.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise BackendError(f"ONNX Runtime cannot load the {precision} graph: {error}") from error
+
+    def run(self, images: npt.NDArray[np.uint8]) -> NetworkOutput:
+        """See `thoraxrt.engine.backends.Backend`."""
+        if self._session is None:
+            raise BackendError("the onnxruntime backend is closed; open the engine again")
+        try:
+            logits, cam = self._session.run(["logits", "cam"], {"image": images})
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise BackendError(f"ONNX Runtime failed on a batch of {len(images)}: {type(error).__name__}") from error
+        return NetworkOutput(logits, cam)
+
+    def close(self) -> None:
+        """See `thoraxrt.engine.backends.Backend`."""
+        self._session = None
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailableError("onnxruntime is not installed: pip install 'thoraxrt[cpu]'") from error
+    return onnxruntime

@@ -1,0 +1,269 @@
+"""Checkpoint to bundle: export, check every graph against torch, and write all of it or nothing.
+
+`export_bundle` is the story. Owns what a bundle contains and how it appears on disk; reading one
+is `thoraxrt.engine.bundle`'s.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import itertools
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+
+import thoraxrt
+from thoraxrt.engine.boxes import BoxSpec
+from thoraxrt.engine.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Check, FileEntry, Manifest, Network
+from thoraxrt.engine.decode import decode
+from thoraxrt.engine.errors import BundleError, CheckpointError, DatasetError, RequestError
+from thoraxrt.engine.postprocess import OperatingPoint
+from thoraxrt.engine.preprocess import PreprocessSpec, Shorter, network_input
+from thoraxrt.export import Track, no_progress
+from thoraxrt.export.checkpoint import Checkpoint, read_checkpoint
+from thoraxrt.export.graph import (
+    IMAGENET,
+    Normalisation,
+    ServedNetwork,
+    fp16_from_fp32,
+    onnx_from_network,
+    reference_logits,
+    session_from_graph,
+)
+from thoraxrt.export.nih import LABELS
+from thoraxrt.export.operating_points import operating_points_from_file, operating_points_from_folder
+from thoraxrt.export.phantoms import phantom
+
+__all__ = ["CHEXNET", "PRECISIONS", "ExportOptions", "export_bundle"]
+
+CHEXNET: Final = PreprocessSpec(resize=Shorter(pixels=256), crop=224)
+"""The CheXNet recipe (Rajpurkar et al., arXiv 1711.05225, as its re-implementations run it)."""
+
+PRECISIONS: Final = ("fp32", "fp16")
+
+_CHECK_IMAGES: Final = 16
+_CHECK_SEED: Final = 7
+# linux/fs.h, fcntl.h
+_RENAME_NOREPLACE: Final = 1
+_RENAME_EXCHANGE: Final = 2
+_AT_FDCWD: Final = -100
+# Beyond these a graph is wrong rather than rounded: FP32 differs by about 1e-6, FP16 by about 1e-2.
+_LARGEST_DIFFERENCE: Final = {"fp32": 1e-3, "fp16": 0.25}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What a checkpoint does not say of itself; the defaults are the CheXNet recipe.
+
+    `labels` defaults to the 14 NIH findings. `operating_points` is a JSON file of probabilities by
+    finding, or a folder in the NIH layout to choose them on; without it 0.5, marked as default.
+    `images` is a folder of radiographs to check the graphs on; without it, phantoms.
+
+    Example: `ExportOptions(precisions=("fp32",), labels=("Pneumonia",), replace=True)`.
+    """
+
+    precisions: tuple[str, ...] = PRECISIONS
+    labels: tuple[str, ...] | None = None
+    preprocess: PreprocessSpec = CHEXNET
+    normalisation: Normalisation = IMAGENET
+    boxes: BoxSpec = BoxSpec()  # noqa: RUF009 - immutable
+    operating_points: Path | None = None
+    images: Path | None = None
+    replace: bool = False
+
+    def __post_init__(self) -> None:
+        if unknown := [p for p in self.precisions if p not in PRECISIONS]:
+            raise RequestError(f"unknown precision {', '.join(unknown)}; export writes {', '.join(PRECISIONS)}")
+        if "fp32" not in self.precisions:
+            raise RequestError("fp32 is the oracle that the other precisions are checked against: include it")
+
+
+def export_bundle(
+    checkpoint: str | Path, out: str | Path, options: ExportOptions | None = None, track: Track = no_progress
+) -> Bundle:
+    """Write the bundle of a checkpoint to the folder `out`, whole or not at all.
+
+    Raises CheckpointError where the checkpoint cannot be read or its graph disagrees with torch,
+    RequestError where labels or precisions do not fit, DatasetError for unusable image folders,
+    BundleError where `out` exists (unless `replace`) or cannot be written.
+    """
+    options = options or ExportOptions()
+    out = Path(out)
+    _refuse_to_overwrite(out, options.replace)
+    source = read_checkpoint(checkpoint)
+    labels = _labels(options, source.network.head.out_features)
+    served = ServedNetwork(source.network, options.normalisation, options.preprocess.input_size)
+    graphs = _graphs(served, options, track)
+    checks, cam = _check(graphs, source, options, track)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        network=Network(
+            name=source.network.name,
+            cam_height=cam.shape[2],
+            cam_width=cam.shape[3],
+            bias=tuple(served.bias.tolist()),
+            checkpoint_sha256=source.sha256,
+        ),
+        labels=labels,
+        activation="sigmoid",
+        preprocess=options.preprocess,
+        boxes=options.boxes,
+        operating_points=_operating_points(graphs["fp32"], labels, options, track),
+        checks=checks,
+        recommended=None,
+        producer=_producer(),
+        files={
+            Bundle.graph_name(precision): FileEntry(sha256=hashlib.sha256(graph).hexdigest(), size=len(graph))
+            for precision, graph in graphs.items()
+        },
+    )
+    files = {Bundle.graph_name(precision): graph for precision, graph in graphs.items()}
+    files[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    _publish(files, out)
+    return Bundle.open(out)
+
+
+def _labels(options: ExportOptions, classes: int) -> tuple[str, ...]:
+    labels = options.labels or LABELS
+    if len(labels) != classes:
+        raise RequestError(
+            f"the network has {classes} outputs, {'these' if options.labels else 'the NIH'} labels are {len(labels)}: "
+            "name its labels in order with --labels"
+        )
+    return tuple(labels)
+
+
+def _graphs(served: ServedNetwork, options: ExportOptions, track: Track) -> dict[str, bytes]:
+    """Each precision's serialised ONNX."""
+    graphs: dict[str, bytes] = {}
+    model = onnx.ModelProto()
+    for precision in track(PRECISIONS, "Exporting graphs", len(PRECISIONS)):
+        if precision == "fp32":
+            model = onnx_from_network(served, options.preprocess.input_size)
+            graphs["fp32"] = model.SerializeToString(deterministic=True)
+        elif precision in options.precisions:
+            graphs["fp16"] = fp16_from_fp32(model).SerializeToString(deterministic=True)
+    return graphs
+
+
+def _check(
+    graphs: dict[str, bytes], source: Checkpoint, options: ExportOptions, track: Track
+) -> tuple[dict[str, Check], npt.NDArray[np.float32]]:
+    """Each graph's largest logit difference to torch, and the last CAM float32 `(1, C, h, w)`."""
+    data, inputs = _check_inputs(options)
+    sessions = {precision: session_from_graph(graph) for precision, graph in graphs.items()}
+    differences: dict[str, list[float]] = {precision: [] for precision in graphs}
+    for image in track(inputs, "Checking graphs against torch", len(inputs)):
+        expected = reference_logits(source.network, options.normalisation, image[np.newaxis])
+        for precision, session in sessions.items():
+            logits, cam = session.run(["logits", "cam"], {"image": image[np.newaxis]})
+            differences[precision].append(float(np.abs(logits - expected).max()))
+    for precision, values in differences.items():
+        # NaN compares false: written so that it is refused.
+        if not max(values) <= _LARGEST_DIFFERENCE[precision] or np.isnan(values).any():
+            raise CheckpointError(
+                f"the {precision} graph's logits differ from torch's by up to {max(values):.3g} on {data}; expected at most "
+                f"{_LARGEST_DIFFERENCE[precision]}: "
+                + ("export --precision fp32" if precision != "fp32" else "check --mean, --std and the checkpoint")
+            )
+    return {
+        precision: Check(max_logit_difference=max(values), images=len(inputs), data=data)
+        for precision, values in differences.items()
+    }, cam
+
+
+def _check_inputs(options: ExportOptions) -> tuple[str, list[npt.NDArray[np.uint8]]]:
+    """What the graphs are checked on, in words, and the network inputs uint8 `(1, S, S)`."""
+    if options.images is None:
+        pixels = [phantom(_CHECK_SEED, index).pixels for index in range(_CHECK_IMAGES)]
+        return f"{len(pixels)} phantoms", [network_input(p, options.preprocess) for p in pixels]
+    paths = itertools.islice(
+        sorted(p for p in options.images.rglob("*") if p.suffix in (".png", ".jpg", ".dcm")), _CHECK_IMAGES
+    )
+    inputs = [network_input(decode(path.read_bytes()).pixels, options.preprocess) for path in paths]
+    if not inputs:
+        raise DatasetError(f"{options.images} holds no .png, .jpg or .dcm file to check the graphs on")
+    return f"{len(inputs)} radiographs of {options.images.name}", inputs
+
+
+def _operating_points(
+    graph: bytes, labels: tuple[str, ...], options: ExportOptions, track: Track
+) -> tuple[OperatingPoint, ...]:
+    source = options.operating_points
+    if source is None:
+        return tuple(OperatingPoint(finding=label) for label in labels)
+    if source.is_dir():
+        return operating_points_from_folder(source, graph, labels, options.preprocess, track)
+    return operating_points_from_file(source, labels)
+
+
+def _producer() -> dict[str, str]:
+    return {
+        "thoraxrt": thoraxrt.__version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _refuse_to_overwrite(out: Path, replace: bool) -> None:
+    if not out.exists():
+        return
+    if not replace:
+        raise BundleError(f"{out} exists; give another --out, or --replace to exchange it for the new bundle")
+    if not (out / MANIFEST).is_file():
+        raise BundleError(
+            f"{out} exists and is no bundle (it has no {MANIFEST}); it is not replaced: give another --out"
+        )
+
+
+def _publish(files: dict[str, bytes], out: Path) -> None:
+    """Write the files beside `out`, then let the whole folder appear under its name at once."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise BundleError(f"{out} cannot be written: {error.strerror}") from error
+    try:
+        for name, data in files.items():
+            _write(made / name, data)
+        made.chmod(0o755)
+        if out.exists():
+            _rename(made, out, _RENAME_EXCHANGE)
+        else:
+            _rename(made, out, _RENAME_NOREPLACE)
+    except OSError as error:
+        raise BundleError(
+            f"{out} cannot be written: {error.strerror}; what was there is untouched"
+            + ("; this file system cannot exchange folders: remove it first" if error.errno == errno.EINVAL else "")
+        ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)  # the old bundle after an exchange, else what is left of a failure
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(0o444)  # a bundle is immutable
+
+
+def _rename(made: Path, out: Path, flags: int) -> None:
+    """renameat2(2): Python has no binding for its atomic exchange. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(made), _AT_FDCWD, os.fsencode(out), flags) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

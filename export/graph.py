@@ -1,0 +1,241 @@
+"""Network to ONNX: the stem takes raw pixels, the CAM is an output, precision is the graph's types.
+
+Owns the two rewrites that every export makes and the FP16 conversion; what comes out is checked
+against torch by `thoraxrt.export.bundle`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from thoraxrt.engine.errors import RequestError
+from thoraxrt.export.networks import CxrNetwork
+
+__all__ = [
+    "IMAGENET",
+    "Normalisation",
+    "ServedNetwork",
+    "fp16_from_fp32",
+    "onnx_from_network",
+    "reference_logits",
+    "session_from_graph",
+]
+
+OPSET = 18
+
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """What training subtracted and divided by, per channel, after scaling pixels to 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
+            raise RequestError(f"mean {self.mean} and std {self.std}: expected one each per channel, std above 0")
+
+
+IMAGENET = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+class ServedNetwork(nn.Module):
+    """The network as it is served: `image` uint8 `(N, 1, S, S)` to `logits (N, C)` and `cam (N, C, h, w)`.
+
+    The stem absorbs normalisation and its batch norm, computed in float64: with mean m_c, std s_c
+    and stem weights W_c, one-channel weights sum_c W_c / (255 s_c) and a constant bias *map*
+    conv(ones, sum_c -W_c m_c / s_c). A map, not a scalar, since zero padding follows normalisation.
+
+    The head is applied as a 1 x 1 convolution to the last feature map, which gives the CAM (Zhou
+    et al., arXiv 1512.04150); its spatial mean plus the bias is the logit.
+    """
+
+    def __init__(self, network: CxrNetwork, normalisation: Normalisation, input_size: int) -> None:
+        super().__init__()
+        network = copy.deepcopy(network)
+        channels = network.stem.in_channels
+        if len(normalisation.mean) != channels:
+            raise RequestError(
+                f"normalisation has {len(normalisation.mean)} channels, the network's stem {channels}: give {channels}"
+            )
+        self.stem, bias_map = _fold_stem(network, normalisation, input_size)
+        self.bias_map: Tensor
+        self.register_buffer("bias_map", bias_map)  # (1, O, h', w')
+        _replace(network, network.stem_norm, nn.Identity())
+        self.network = network
+        self.cam = nn.Conv2d(network.head.in_features, network.head.out_features, 1, bias=False)
+        self.cam.weight.data = network.head.weight.data[:, :, None, None].clone()
+        self.bias = nn.Parameter(network.head.bias.data.clone())
+        self.eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """`image` uint8 `(N, 1, S, S)` to float32 logits `(N, C)` and CAM `(N, C, h, w)`."""
+        stem = self.stem(image.to(torch.float32)) + self.bias_map
+        cam = self.cam(self.network.trunk(stem))
+        return cam.mean((2, 3)) + self.bias, cam
+
+
+def _fold_stem(network: CxrNetwork, normalisation: Normalisation, size: int) -> tuple[nn.Conv2d, Tensor]:
+    """The one-channel stem convolution, and the bias map float32 `(1, O, h', w')`."""
+    stem, norm = network.stem, network.stem_norm
+    mean = torch.tensor(normalisation.mean, dtype=torch.float64)
+    std = torch.tensor(normalisation.std, dtype=torch.float64)
+    weight = stem.weight.data.double()  # (O, c, k, k)
+    scale = norm.weight.data.double() / torch.sqrt(norm.running_var.double() + norm.eps)  # type: ignore[union-attr]
+    shift = norm.bias.data.double() - norm.running_mean.double() * scale  # type: ignore[union-attr]
+    black = (-mean / std)[None, :, None, None].expand(1, -1, size, size)  # what pixel value 0 normalises to
+    bias = None if stem.bias is None else stem.bias.data.double()
+    background = functional.conv2d(
+        black,
+        weight,
+        bias,
+        stem.stride,
+        stem.padding,
+        stem.dilation,
+        stem.groups,  # type: ignore[arg-type]
+    )
+    folded = nn.Conv2d(
+        1,
+        stem.out_channels,
+        stem.kernel_size,
+        stem.stride,
+        stem.padding,
+        bias=False,  # type: ignore[arg-type]
+    )
+    one_channel = (weight / (255 * std[None, :, None, None])).sum(1, keepdim=True)  # (O, 1, k, k)
+    folded.weight.data = (one_channel * scale[:, None, None, None]).float()
+    return folded, (background * scale[None, :, None, None] + shift[None, :, None, None]).float()
+
+
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    (name,) = [name for name, module in network.named_modules() if module is old]
+    network.set_submodule(name, new)
+
+
+def reference_logits(
+    network: CxrNetwork, normalisation: Normalisation, images: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float32]:
+    """Torch's own logits float32 `(N, C)` for uint8 `(N, 1, S, S)`: normalised as in training, nothing folded."""
+    mean = torch.tensor(normalisation.mean)[None, :, None, None]
+    std = torch.tensor(normalisation.std)[None, :, None, None]
+    with torch.inference_mode():
+        x = torch.from_numpy(images).float().div(255)  # (N, 1, S, S)
+        logits: Tensor = network((x - mean) / std)  # the one channel broadcasts to the network's
+    return logits.numpy()
+
+
+def session_from_graph(graph: bytes) -> onnxruntime.InferenceSession:
+    """The oracle: a serialised graph on ONNX Runtime's CPU provider."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def onnx_from_network(served: ServedNetwork, input_size: int) -> onnx.ModelProto:
+    """The FP32 graph: `image` uint8 `(batch, 1, S, S)` to `logits` and `cam`, batch size free."""
+    example = torch.zeros(2, 1, input_size, input_size, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter deprecates its own internals
+        program = torch.onnx.export(
+            served,
+            (example,),
+            input_names=["image"],
+            output_names=["logits", "cam"],
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # dynamo=True returns the program
+    model = program.model_proto
+    _strip(model)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop the exporter's stack traces: paths of this machine, and a reason for hashes to differ."""
+    model.doc_string = ""
+    for owner in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        del owner.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+
+
+def fp16_from_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph in FP16 types, inputs and outputs unchanged; the CAM and the pooled logits stay FP32.
+
+    Raises RequestError where a weight does not fit FP16's range.
+    """
+    half = copy.deepcopy(model)
+    head = _producers(half, ["logits", "cam"])
+    in_head = {name for node in half.graph.node if node.name in head for name in node.input}
+    in_trunk = {name for node in half.graph.node if node.name not in head for name in node.input}
+    for weight in half.graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT and weight.name in in_trunk - in_head:
+            weight.CopyFrom(_fp16_tensor(weight))
+    for node in half.graph.node:
+        if node.op_type == "Cast" and node.name not in head:
+            _cast_to(node, onnx.TensorProto.FLOAT16)
+    _cast_features(half.graph, head)
+    del half.graph.value_info[:]  # the old types
+    half = onnx.shape_inference.infer_shapes(half, strict_mode=True)
+    onnx.checker.check_model(half, full_check=True)
+    return half
+
+
+def _fp16_tensor(weight: onnx.TensorProto) -> onnx.TensorProto:
+    values = onnx.numpy_helper.to_array(weight)
+    if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+        raise RequestError(f"{weight.name} goes beyond FP16's 65504: export with --precision fp32")
+    return onnx.numpy_helper.from_array(values.astype(np.float16), weight.name)
+
+
+def _cast_to(node: onnx.NodeProto, data_type: int) -> None:
+    (to,) = [attribute for attribute in node.attribute if attribute.name == "to"]
+    if to.i == onnx.TensorProto.FLOAT:
+        to.i = data_type
+
+
+def _cast_features(graph: onnx.GraphProto, head: Sequence[str]) -> None:
+    """Put a cast to FP32 where the head takes the trunk's features."""
+    nodes = list(graph.node)
+    trunk_outputs = {name for node in nodes if node.name not in head for name in node.output}
+    for position, node in enumerate(nodes):
+        if node.name in head and (features := trunk_outputs.intersection(node.input)):
+            (name,) = features
+            cast = onnx.helper.make_node("Cast", [name], [f"{name}_fp32"], f"{name}_cast", to=onnx.TensorProto.FLOAT)
+            node.input[list(node.input).index(name)] = cast.output[0]
+            nodes.insert(position, cast)
+            break
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _producers(model: onnx.ModelProto, outputs: Sequence[str]) -> list[str]:
+    """The names of the nodes from the CAM convolution to the outputs."""
+    by_output = {name: node for node in model.graph.node for name in node.output}
+    names: list[str] = []
+    pending = list(outputs)
+    while pending:
+        node = by_output.get(pending.pop())
+        if node is None or node.name in names:
+            continue
+        names.append(node.name)
+        if node.op_type != "Conv":
+            pending.extend(node.input)
+    return names

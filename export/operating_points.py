@@ -1,0 +1,98 @@
+"""Operating points: from a file, or chosen on a labelled folder by Youden's J."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import roc_curve
+
+from thoraxrt.engine.decode import decode
+from thoraxrt.engine.errors import DatasetError
+from thoraxrt.engine.postprocess import OperatingPoint, activate
+from thoraxrt.engine.preprocess import PreprocessSpec, network_input
+from thoraxrt.export import Track, no_progress
+from thoraxrt.export.graph import session_from_graph
+from thoraxrt.export.nih import NihDataset
+
+__all__ = ["operating_points_from_file", "operating_points_from_folder", "youden"]
+
+
+def operating_points_from_file(path: Path, labels: Sequence[str]) -> tuple[OperatingPoint, ...]:
+    """Read a JSON object of probabilities by finding; findings it leaves out keep 0.5, marked default.
+
+    Raises DatasetError where the file is unreadable, names an unknown finding or leaves 0..1.
+    """
+    try:
+        chosen = msgspec.json.decode(path.read_bytes(), type=dict[str, float])
+        if unknown := sorted(set(chosen) - set(labels)):
+            raise ValueError(f"unknown finding {', '.join(unknown)}; expected {', '.join(labels)}")
+        return tuple(
+            OperatingPoint(finding=label, probability=chosen[label], method="file", data=path.name)
+            if label in chosen
+            else OperatingPoint(finding=label)
+            for label in labels
+        )
+    except OSError as error:
+        raise DatasetError(f"operating points {path} cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, ValueError) as error:
+        raise DatasetError(f'operating points {path}: {error}; expected JSON such as {{"{labels[0]}": 0.3}}') from error
+
+
+def operating_points_from_folder(
+    folder: Path, graph: bytes, labels: Sequence[str], spec: PreprocessSpec, track: Track = no_progress
+) -> tuple[OperatingPoint, ...]:
+    """Choose each finding's operating point on the train_val images present in an NIH-layout folder.
+
+    The test images are never looked at. A finding that the data set does not label, or that all or
+    none of its images show, keeps 0.5, marked default. Raises DatasetError, ImageError.
+    """
+    dataset = NihDataset.open(folder)
+    records = [record for record in dataset.present() if record.split == "train_val"]
+    if not records:
+        raise DatasetError(f"{folder} has no train_val image to choose operating points on")
+    session = session_from_graph(graph)
+    logits = np.concatenate(
+        [
+            session.run(
+                ["logits"], {"image": network_input(decode(record.path.read_bytes()).pixels, spec)[np.newaxis]}
+            )[0]
+            for record in track(records, "Choosing operating points", len(records))
+        ]
+    )  # (N, C)
+    data = f"{len(records)} train_val images of {folder.name}"
+    return tuple(
+        youden(label, logits[:, column], np.array([label in record.labels for record in records]), data)
+        for column, label in enumerate(labels)
+    )
+
+
+def youden(finding: str, logits: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_], data: str) -> OperatingPoint:
+    """The operating point that maximises sensitivity + specificity - 1 (Youden, Cancer 3:32, 1950).
+
+    `logits` float32 `(N,)` and `positive` bool `(N,)`. The threshold lies midway between the
+    lowest logit above it and the highest below, so that rounding does not move an image across.
+    Of equal maxima the one with the highest sensitivity is taken. Without both positives and
+    negatives the answer is 0.5, marked default.
+    """
+    if positive.all() or not positive.any():
+        return OperatingPoint(finding=finding)
+    false_rate, true_rate, thresholds = roc_curve(positive, logits, drop_intermediate=False)
+    gain = true_rate - false_rate
+    best = int(np.flatnonzero(gain == gain.max())[-1])
+    if best == 0:  # nothing reported is best: no threshold separates anything
+        return OperatingPoint(finding=finding)
+    lowest = float(thresholds[best])
+    below = logits[logits < lowest]
+    threshold = (lowest + float(below.max())) / 2 if below.size else lowest - 1.0
+    return OperatingPoint(
+        finding=finding,
+        probability=activate(threshold),
+        method="youden",
+        data=data,
+        sensitivity=float(true_rate[best]),
+        specificity=float(1.0 - false_rate[best]),
+    )
