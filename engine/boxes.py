@@ -7,6 +7,8 @@ and `Box`; knows nothing of probabilities beyond a box's score. A GPU kernel com
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import cv2
 import msgspec
 import numpy as np
@@ -15,7 +17,17 @@ import numpy.typing as npt
 from thoraxrt.engine.postprocess import activate
 from thoraxrt.engine.preprocess import Geometry
 
-__all__ = ["Box", "BoxSpec", "Peak", "Region", "boxes_from_cam", "regions_from_cam", "sort_boxes", "upsample"]
+__all__ = [
+    "Box",
+    "BoxSpec",
+    "Peak",
+    "Rectangle",
+    "Region",
+    "boxes_from_cam",
+    "regions_from_cam",
+    "sort_boxes",
+    "upsample",
+]
 
 
 class BoxSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,6 +54,26 @@ class BoxSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError(f"min_area is {self.min_area}: expected a share, 0 <= min_area < 1")
         if self.max_per_finding < 1:
             raise ValueError(f"max_per_finding is {self.max_per_finding}: expected at least 1")
+
+
+class Rectangle(Protocol):
+    """A box or an annotation: pixels of the original image, origin top left."""
+
+    @property
+    def x(self) -> float:
+        """Left edge."""
+
+    @property
+    def y(self) -> float:
+        """Top edge."""
+
+    @property
+    def width(self) -> float:
+        """Width."""
+
+    @property
+    def height(self) -> float:
+        """Height."""
 
 
 class Peak(msgspec.Struct, frozen=True, kw_only=True):

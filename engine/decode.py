@@ -203,7 +203,10 @@ class Decoder(Protocol):
 
 
 class ThreadDecoder:
-    """A `Decoder` on threads of this process; Pillow decodes without the interpreter's lock.
+    """A `Decoder` on threads of this process.
+
+    PNG and JPEG scale with the threads: Pillow decodes them without the interpreter's lock.
+    Compressed DICOM does not (measured: GDCM, JPEG 2000 and RLE hold the lock).
 
     `workers` is the number of threads, by default the CPUs this process may use.
     Raises ValueError where `workers` is below 1; `submit` after `close` raises RuntimeError.
@@ -401,6 +404,7 @@ def table_from_png16() -> Pixels:
 
 _SOS = 0xDA
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}  # 0xF7: JPEG-LS
+_SEGMENTS = frozenset(range(0xC0, 0xD0)) | frozenset(range(0xDA, 0xFF))  # what may stand before a scan
 _METADATA = frozenset(range(0xE1, 0xF0)) - {0xEE} | {0xFE}  # APPn and COM; APP0 and APP14 say the colour space
 
 
@@ -423,6 +427,7 @@ class _Frame:
     height: int
     bits: int
     components: int
+    marker: int  # which kind of JPEG (SOFn); SIZ for JPEG 2000
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -433,7 +438,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             position += 1
         start, marker = position, data[position + 1]
         position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        if data[start] != 0xFF or position < start + 4 or position > len(data):
+        if data[start] != 0xFF or marker not in _SEGMENTS or position < start + 4 or position > len(data):
             raise _corrupt("the JPEG data are truncated or corrupt (a segment does not fit)")
         yield marker, start, position
 
@@ -444,12 +449,12 @@ def _frame_from_jpeg(data: bytes) -> _Frame:
     scan = 0
     for marker, start, end in _jpeg_segments(data):
         if marker in _SOF:
-            frames.append(struct.unpack_from(">BHHB", data, start + 4))
+            frames.append((marker, *struct.unpack_from(">BHHB", data, start + 4)))
         scan = end
     if data.rfind(b"\xff\xd9") < scan:
         raise _corrupt("the JPEG data are truncated (no end of image)")
-    ((bits, height, width, components),) = frames
-    return _Frame(width=width, height=height, bits=bits, components=components)
+    ((marker, bits, height, width, components),) = frames
+    return _Frame(width=width, height=height, bits=bits, components=components, marker=marker)
 
 
 def _jpeg_without_metadata(data: bytes) -> bytes:
@@ -470,14 +475,25 @@ _SYNTAXES: dict[str, str | None] = {
     "1.2.840.10008.1.2.1": None,  # Explicit VR Little Endian
     "1.2.840.10008.1.2.2": None,  # Explicit VR Big Endian
     "1.2.840.10008.1.2.5": "pydicom",  # RLE Lossless
-    "1.2.840.10008.1.2.4.50": "gdcm",  # JPEG Baseline
-    "1.2.840.10008.1.2.4.51": "gdcm",  # JPEG Extended, 8 bits only
+    "1.2.840.10008.1.2.4.50": "pillow",  # JPEG Baseline
+    "1.2.840.10008.1.2.4.51": "pillow",  # JPEG Extended, 8 bits only
     "1.2.840.10008.1.2.4.57": "gdcm",  # JPEG Lossless, process 14
     "1.2.840.10008.1.2.4.70": "gdcm",  # JPEG Lossless, first-order prediction
     "1.2.840.10008.1.2.4.80": "gdcm",  # JPEG-LS Lossless
     "1.2.840.10008.1.2.4.81": "gdcm",  # JPEG-LS Near-Lossless
-    "1.2.840.10008.1.2.4.90": "gdcm",  # JPEG 2000 Lossless
-    "1.2.840.10008.1.2.4.91": "gdcm",  # JPEG 2000
+    "1.2.840.10008.1.2.4.90": "pillow",  # JPEG 2000 Lossless
+    "1.2.840.10008.1.2.4.91": "pillow",  # JPEG 2000
+}
+# The frame markers a transfer syntax allows (PS3.5, 8.2). GDCM ends the process on some that do not fit.
+_PROCESSES = {
+    "1.2.840.10008.1.2.4.50": (0xC0,),
+    "1.2.840.10008.1.2.4.51": (0xC0, 0xC1),
+    "1.2.840.10008.1.2.4.57": (0xC3,),
+    "1.2.840.10008.1.2.4.70": (0xC3,),
+    "1.2.840.10008.1.2.4.80": (0xF7,),
+    "1.2.840.10008.1.2.4.81": (0xF7,),
+    "1.2.840.10008.1.2.4.90": (0x51,),
+    "1.2.840.10008.1.2.4.91": (0x51,),
 }
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
@@ -550,7 +566,7 @@ def _silence_libraries() -> None:
 
 @cache
 def _silence_gdcm() -> None:
-    import gdcm  # type: ignore[import-untyped]
+    import gdcm
 
     gdcm.Trace.WarningOff()
     gdcm.Trace.ErrorOff()
@@ -655,7 +671,7 @@ def _stored_values(dataset: Dataset, layout: _Layout) -> npt.NDArray[np.uint16]:
 
     element = dataset["PixelData"]
     plugin = _SYNTAXES[layout.syntax]
-    data = _checked_frame(element.value, layout) if plugin == "gdcm" else element.value
+    data = _checked_frame(element.value, layout) if plugin in ("gdcm", "pillow") else element.value
     if plugin is None:
         expected = layout.rows * layout.columns * layout.allocated // 8
         data = data[: expected + expected % 2]  # what follows is padding
@@ -680,7 +696,7 @@ def _stored_values(dataset: Dataset, layout: _Layout) -> npt.NDArray[np.uint16]:
 def _checked_frame(encapsulated: bytes, layout: _Layout) -> bytes:
     """The pixel data, once the codestream in them has said that it is the image in the header.
 
-    GDCM allocates by the one and decodes the other, so they must agree before it starts.
+    A codec allocates by the one and decodes the other, so they must agree before it starts.
     """
     from pydicom.encaps import get_frame
 
@@ -691,6 +707,8 @@ def _checked_frame(encapsulated: bytes, layout: _Layout) -> bytes:
             f"the DICOM header says {layout.columns} x {layout.rows} pixels in 1 channel, "
             f"its pixel data {frame.width} x {frame.height} in {frame.components}"
         )
+    if frame.marker not in _PROCESSES[layout.syntax]:
+        raise _corrupt("the DICOM pixel data are compressed in another way than the transfer syntax says")
     if frame.bits > layout.allocated:
         raise _corrupt(f"the DICOM header allocates {layout.allocated} bits, its pixel data have {frame.bits}")
     return encapsulated
@@ -702,7 +720,7 @@ def _frame_from_j2k(stream: bytes) -> _Frame:
         raise _corrupt("the JPEG 2000 data are truncated or corrupt (no start or no end)")
     right, bottom, left, top = struct.unpack_from(">4I", stream, 8)
     components, depth = struct.unpack_from(">HB", stream, 40)
-    return _Frame(width=right - left, height=bottom - top, bits=(depth & 0x7F) + 1, components=components)
+    return _Frame(width=right - left, height=bottom - top, bits=(depth & 0x7F) + 1, components=components, marker=0x51)
 
 
 # --- stored values to 8 bits --------------------------------------------------------------------

@@ -34,6 +34,9 @@ Source = bytes | str | Path | Radiograph
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 
+_AHEAD = 8
+"""Images decoded ahead of the network, so that memory stays bounded however many are asked for."""
+
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """What the engine says of one image of `width` x `height` pixels.
@@ -117,7 +120,7 @@ class Engine:
         unknown finding, BackendError where the network itself fails.
         """
         self.check_findings(findings)
-        decoding = _ahead((self.submit(image) for image in images), 2 * self.batch + self.decoder.workers)
+        decoding = _ahead((self.submit(image) for image in images), 2 * self.batch + _AHEAD)
         while batch := [_result(future) for future in itertools.islice(decoding, self.batch)]:
             decoded = [answer for answer in batch if isinstance(answer, Radiograph)]
             predictions = iter(self.predict_batch(decoded, findings=findings, cam=cam))

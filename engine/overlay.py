@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from thoraxrt.engine.boxes import Box, upsample
+from thoraxrt.engine.boxes import Rectangle, upsample
 from thoraxrt.engine.decode import Radiograph
 from thoraxrt.engine.engine import Prediction
 from thoraxrt.engine.errors import RequestError
@@ -80,15 +80,16 @@ def _on_source(warm: npt.NDArray[np.float32], radiograph: Radiograph, spec: Prep
     return placed
 
 
-def draw_box(image: Image.Image, box: Box, colour: tuple[int, int, int], label: str = "") -> None:
+def draw_box(image: Image.Image, box: Rectangle, colour: tuple[int, int, int], label: str = "") -> None:
     """Draw a box and its label into an RGB picture of the original image's size, in place."""
     draw = ImageDraw.Draw(image)
     line = max(2, image.width // 256)
     left, top, right, bottom = box.x, box.y, box.x + box.width, box.y + box.height
     draw.rectangle((left, top, right, bottom), outline=colour, width=line)
     if label:
-        font = ImageFont.load_default(size=max(10, image.width // 40))
-        height = font.size * 1.3
+        size = max(10, image.width // 40)
+        font = ImageFont.load_default(size=size)
+        height = size * 1.3
         y = top - height if top >= height else bottom
         draw.rectangle(draw.textbbox((left, y), label, font=font), fill=(0, 0, 0))
         draw.text((left, y), label, fill=colour, font=font)

@@ -135,9 +135,14 @@ def network_input(pixels: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.ND
 
     `pixels` is uint8 `(H, W)`, 0 black to 255 white; the result uint8 `(1, S, S)`, same range.
     Raises ImageLimitError for a sliver (see `PreprocessSpec.geometry`).
+
+    Pillow resamples rows, rounds to uint8, then columns; but from 13.0 on it takes columns first
+    where the height shrinks more than twice as much as the width, which rounds differently. One
+    call per axis keeps the order that every model so far was trained with.
     """
     height, width = pixels.shape
     g = spec.geometry(width, height)
-    resized = Image.fromarray(pixels).resize((g.resized_width, g.resized_height), Image.Resampling.BILINEAR)
+    rows = Image.fromarray(pixels).resize((g.resized_width, height), Image.Resampling.BILINEAR)
+    resized = rows.resize((g.resized_width, g.resized_height), Image.Resampling.BILINEAR)
     cropped = resized.crop((g.left, g.top, g.left + g.size, g.top + g.size))
     return np.asarray(cropped)[np.newaxis]  # (1, S, S)

@@ -212,7 +212,7 @@ def _operating_points(
 def _producer() -> dict[str, str]:
     return {
         "thoraxrt": thoraxrt.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "onnx": onnx.__version__,
         "onnxruntime": onnxruntime.__version__,
     }

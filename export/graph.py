@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,6 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from thoraxrt.engine.errors import RequestError
 from thoraxrt.export.networks import CxrNetwork
@@ -91,34 +91,16 @@ class ServedNetwork(nn.Module):
 
 def _fold_stem(network: CxrNetwork, normalisation: Normalisation, size: int) -> tuple[nn.Conv2d, Tensor]:
     """The one-channel stem convolution, and the bias map float32 `(1, O, h', w')`."""
-    stem, norm = network.stem, network.stem_norm
-    mean = torch.tensor(normalisation.mean, dtype=torch.float64)
-    std = torch.tensor(normalisation.std, dtype=torch.float64)
-    weight = stem.weight.data.double()  # (O, c, k, k)
-    scale = norm.weight.data.double() / torch.sqrt(norm.running_var.double() + norm.eps)  # type: ignore[union-attr]
-    shift = norm.bias.data.double() - norm.running_mean.double() * scale  # type: ignore[union-attr]
-    black = (-mean / std)[None, :, None, None].expand(1, -1, size, size)  # what pixel value 0 normalises to
-    bias = None if stem.bias is None else stem.bias.data.double()
-    background = functional.conv2d(
-        black,
-        weight,
-        bias,
-        stem.stride,
-        stem.padding,
-        stem.dilation,
-        stem.groups,  # type: ignore[arg-type]
-    )
-    folded = nn.Conv2d(
-        1,
-        stem.out_channels,
-        stem.kernel_size,
-        stem.stride,
-        stem.padding,
-        bias=False,  # type: ignore[arg-type]
-    )
-    one_channel = (weight / (255 * std[None, :, None, None])).sum(1, keepdim=True)  # (O, 1, k, k)
-    folded.weight.data = (one_channel * scale[:, None, None, None]).float()
-    return folded, (background * scale[None, :, None, None] + shift[None, :, None, None]).float()
+    stem, norm = copy.deepcopy(network.stem).double(), copy.deepcopy(network.stem_norm).double()
+    mean = torch.tensor(normalisation.mean, dtype=torch.float64)[None, :, None, None]
+    std = torch.tensor(normalisation.std, dtype=torch.float64)[None, :, None, None]
+    with torch.no_grad():
+        background = norm(stem((-mean / std).expand(1, -1, size, size)))  # the answer to an all-black image
+        assert norm.running_var is not None  # eval mode
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # (O,)
+        one_channel = (stem.weight / (255 * std)).sum(1, keepdim=True) * scale[:, None, None, None]  # (O, 1, k, k)
+    stem.in_channels, stem.bias, stem.weight = 1, None, nn.Parameter(one_channel)
+    return stem.float(), background.float()
 
 
 def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -133,7 +115,7 @@ def reference_logits(
     mean = torch.tensor(normalisation.mean)[None, :, None, None]
     std = torch.tensor(normalisation.std)[None, :, None, None]
     with torch.inference_mode():
-        x = torch.from_numpy(images).float().div(255)  # (N, 1, S, S)
+        x = torch.tensor(images).float().div(255)  # (N, 1, S, S)
         logits: Tensor = network((x - mean) / std)  # the one channel broadcasts to the network's
     return logits.numpy()
 
@@ -170,10 +152,18 @@ def onnx_from_network(served: ServedNetwork, input_size: int) -> onnx.ModelProto
 def _strip(model: onnx.ModelProto) -> None:
     """Drop the exporter's stack traces: paths of this machine, and a reason for hashes to differ."""
     model.doc_string = ""
-    for owner in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+    graph = model.graph
+    owners: tuple[Any, ...] = (
+        model,
+        graph,
+        *graph.node,
+        *graph.value_info,
+        *graph.initializer,
+        *graph.input,
+        *graph.output,
+    )
+    for owner in owners:
         del owner.metadata_props[:]
-    for value in (*model.graph.input, *model.graph.output):
-        del value.metadata_props[:]
 
 
 def fp16_from_fp32(model: onnx.ModelProto) -> onnx.ModelProto:

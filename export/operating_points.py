@@ -51,7 +51,7 @@ def operating_points_from_folder(
     none of its images show, keeps 0.5, marked default. Raises DatasetError, ImageError.
     """
     dataset = NihDataset.open(folder)
-    records = [record for record in dataset.present() if record.split == "train_val"]
+    records = dataset.split("train_val").present().records
     if not records:
         raise DatasetError(f"{folder} has no train_val image to choose operating points on")
     session = session_from_graph(graph)
@@ -76,15 +76,15 @@ def youden(finding: str, logits: npt.NDArray[np.float32], positive: npt.NDArray[
     `logits` float32 `(N,)` and `positive` bool `(N,)`. The threshold lies midway between the
     lowest logit above it and the highest below, so that rounding does not move an image across.
     Of equal maxima the one with the highest sensitivity is taken. Without both positives and
-    negatives the answer is 0.5, marked default.
+    negatives, or where nothing beats chance, the answer is 0.5, marked default.
     """
     if positive.all() or not positive.any():
         return OperatingPoint(finding=finding)
     false_rate, true_rate, thresholds = roc_curve(positive, logits, drop_intermediate=False)
     gain = true_rate - false_rate
-    best = int(np.flatnonzero(gain == gain.max())[-1])
-    if best == 0:  # nothing reported is best: no threshold separates anything
+    if not gain.max() > 0:  # no threshold is better than chance
         return OperatingPoint(finding=finding)
+    best = int(np.flatnonzero(gain == gain.max())[-1])
     lowest = float(thresholds[best])
     below = logits[logits < lowest]
     threshold = (lowest + float(below.max())) / 2 if below.size else lowest - 1.0

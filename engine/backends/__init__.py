@@ -73,7 +73,7 @@ def backend_names() -> tuple[str, ...]:
 def _module(name: str) -> BackendModule:
     if name not in _MODULES:
         raise RequestError(f"unknown backend {name!r}; expected one of {', '.join(_MODULES)}")
-    module: BackendModule = importlib.import_module(_MODULES[name])  # type: ignore[assignment]
+    module: BackendModule = importlib.import_module(_MODULES[name])
     return module
 
 

@@ -1,0 +1,242 @@
+"""The NIH ChestX-ray14 layout: which images there are, their labels, their boxes and the official split.
+
+Wang et al., ChestX-ray8, CVPR 2017 (arXiv 1705.02315). Reads the lists and finds the images; opens no
+image, and needs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from thoraxrt.engine.errors import DatasetError
+
+__all__ = ["LABELS", "NihBox", "NihDataset", "NihRecord", "Split"]
+
+LABELS = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+)
+"""The 14 findings, in the order of CheXNet's outputs (arXiv 1711.05225)."""
+
+Split = Literal["train_val", "test"]
+
+_ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+_BOXES = "BBox_List_2017.csv"
+_LISTS: dict[Split, str] = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
+_FOLDERS = ("images", "", *(f"images_{number:03d}/images" for number in range(1, 13)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NihBox:
+    """One annotated box: `x, y, width, height` in pixels of the original image, origin at the top left."""
+
+    finding: str
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NihRecord:
+    """One row of the data set; `path` is None where the image is not at hand."""
+
+    image: str
+    path: Path | None
+    labels: tuple[str, ...]
+    patient: int
+    split: Split
+    boxes: tuple[NihBox, ...]
+
+
+@dataclass(frozen=True)
+class NihDataset:
+    """Records in the order of the data entry file, and ways to choose among them.
+
+    Example: `NihDataset.open("nih").split("test").present()` are the test images at hand.
+    """
+
+    folder: Path
+    records: tuple[NihRecord, ...]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> NihDataset:
+        """Read the lists of `folder` and look for its images.
+
+        Expects `Data_Entry_2017_v2020.csv` (or the older `Data_Entry_2017.csv`), `BBox_List_2017.csv`,
+        `train_val_list.txt` and `test_list.txt`; images in `images/`, in the folder itself or in
+        `images_001/images` to `images_012/images`. Images may be absent.
+
+        Raises DatasetError where a list is missing, malformed or at odds with the others.
+        """
+        root = Path(folder)
+        splits = _splits(root)
+        boxes = _boxes(root)
+        paths = _paths(root)
+        rows = list(_entries(root))
+        unlisted = [image for image, _, _ in rows if image not in splits]
+        if unlisted:
+            raise DatasetError(
+                f"{root}: {len(unlisted)} images of the data entry file ({unlisted[0]} first) are in neither "
+                f"{' nor '.join(_LISTS.values())}; expected each in one: take the lists of the same release"
+            )
+        records = tuple(
+            NihRecord(
+                image=image,
+                path=paths.get(image),
+                labels=labels,
+                patient=patient,
+                split=splits[image],
+                boxes=boxes.get(image, ()),
+            )
+            for image, labels, patient in rows
+        )
+        return cls(root, records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[NihRecord]:
+        return iter(self.records)
+
+    def split(self, split: Split) -> NihDataset:
+        """Only the records of one official list."""
+        return self._where(record for record in self.records if record.split == split)
+
+    def present(self) -> NihDataset:
+        """Only the records whose image is at hand."""
+        return self._where(record for record in self.records if record.path is not None)
+
+    def boxed(self) -> NihDataset:
+        """Only the records with at least one box."""
+        return self._where(record for record in self.records if record.boxes)
+
+    def label_matrix(self) -> npt.NDArray[np.uint8]:
+        """1 where the image has the label, else 0: uint8 `(N, 14)`, columns in the order of `LABELS`."""
+        column = {label: index for index, label in enumerate(LABELS)}
+        matrix = np.zeros((len(self.records), len(LABELS)), np.uint8)
+        for row, record in enumerate(self.records):
+            for label in record.labels:
+                matrix[row, column[label]] = 1
+        return matrix
+
+    def _where(self, records: Iterable[NihRecord]) -> NihDataset:
+        return NihDataset(self.folder, tuple(records))
+
+
+# --- the files -------------------------------------------------------------------------------------------
+
+
+def _entries(root: Path) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Image, labels and patient of each row."""
+    file = next((root / name for name in _ENTRIES if (root / name).is_file()), root / _ENTRIES[0])
+    known = {"No Finding": (), **{label: (label,) for label in LABELS}}  # and every combination seen so far
+    rows = _rows(file)
+    header = next(rows, [])
+    try:
+        image, labels, patient = (header.index(name) for name in ("Image Index", "Finding Labels", "Patient ID"))
+    except ValueError:
+        raise DatasetError(
+            f"{file} begins with {', '.join(header[:4])}; expected the columns Image Index, Finding Labels and "
+            "Patient ID: take the file as NIH publishes it"
+        ) from None
+    for number, row in enumerate(rows, 2):
+        try:
+            if row[labels] not in known:
+                known[row[labels]] = _labels(row[labels])
+            yield row[image], known[row[labels]], int(row[patient])
+        except (IndexError, ValueError):
+            raise DatasetError(
+                f"{file}, line {number}: not a row of the data set; expected an image, labels of the 14 findings "
+                "separated by |, and a patient's number: take the file as NIH publishes it"
+            ) from None
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    return tuple(sorted(text.split("|"), key=LABELS.index))  # ValueError for an unknown one
+
+
+def _boxes(root: Path) -> dict[str, tuple[NihBox, ...]]:
+    file = root / _BOXES
+    boxes: dict[str, tuple[NihBox, ...]] = {}
+    rows = _rows(file)
+    next(rows, None)  # the header: six columns, or nine, for `Bbox [x,y,w,h]` is not quoted
+    for number, row in enumerate(rows, 2):
+        try:
+            boxes[row[0]] = (*boxes.get(row[0], ()), _box(row))
+        except (IndexError, ValueError):
+            raise DatasetError(
+                f"{file}, line {number}: not a box; expected image, finding, x, y, width and height: take the file "
+                "as NIH publishes it"
+            ) from None
+    return boxes
+
+
+def _box(row: list[str]) -> NihBox:
+    finding = "Infiltration" if row[1] == "Infiltrate" else row[1]
+    x, y, width, height = map(float, row[2:6])
+    if finding not in LABELS or not (width > 0 and height > 0):
+        raise ValueError(finding)
+    return NihBox(finding=finding, x=x, y=y, width=width, height=height)
+
+
+def _splits(root: Path) -> dict[str, Split]:
+    splits: dict[str, Split] = {}
+    for split, name in _LISTS.items():
+        images = _text(root / name).split()
+        both = next((image for image in images if image in splits), None)
+        if both:
+            raise DatasetError(
+                f"{root / name} lists {both} again; expected each image once in {' or '.join(_LISTS.values())}: "
+                "take the lists of the same release"
+            )
+        splits.update(dict.fromkeys(images, split))
+    return splits
+
+
+def _paths(root: Path) -> dict[str, Path]:
+    """Where each image is; of an image in several folders the first one."""
+    paths: dict[str, Path] = {}
+    for name in _FOLDERS:
+        folder = root / name
+        if folder.is_dir():
+            for image in os.listdir(folder):
+                if image.endswith(".png"):
+                    paths.setdefault(image, folder / image)
+    return paths
+
+
+def _rows(file: Path) -> Iterator[list[str]]:
+    return csv.reader(_text(file).splitlines())
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DatasetError(f"{file} is not UTF-8 text; expected the file as NIH publishes it: fetch it again") from None
+    except OSError as error:
+        raise DatasetError(
+            f"{file} cannot be read ({error.strerror}); expected a folder in the NIH layout, with {_ENTRIES[0]} or "
+            f"{_ENTRIES[1]}, {_BOXES}, {', '.join(_LISTS.values())} and images/: check the path"
+        ) from error

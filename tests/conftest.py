@@ -1,0 +1,43 @@
+"""What every room's tests share: the real material where it exists, and the sample bundle, exported once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from thoraxrt.engine.bundle import Bundle
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def nih() -> Path:
+    """The folder of real NIH material beside the repository; tests that need it skip without it."""
+    folder = REPOSITORY.parent / "shared" / "nih"
+    if not folder.is_dir():
+        pytest.skip("no real radiographs beside this checkout (../shared/nih)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nih_images(nih: Path) -> list[Path]:
+    return sorted((nih / "images").glob("*.png"))
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The sample network's bundle, FP32 and FP16, with default operating points."""
+    from thoraxrt.export.bundle import export_bundle
+    from thoraxrt.export.sample import SAMPLE_CHECKPOINT
+
+    return export_bundle(SAMPLE_CHECKPOINT, tmp_path_factory.mktemp("sample") / "sample.bundle")
+
+
+@pytest.fixture(scope="session")
+def chexnet_bundle(nih: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundle of the real DenseNet-121 checkpoint."""
+    from thoraxrt.export.bundle import ExportOptions, export_bundle
+
+    out = tmp_path_factory.mktemp("chexnet") / "chexnet.bundle"
+    return export_bundle(nih / "checkpoints" / "densenet121-nih.pth.tar", out, ExportOptions(images=nih / "images"))

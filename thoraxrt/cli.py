@@ -1,0 +1,426 @@
+"""The command line: the only module above all rooms, importing each when a command needs it.
+
+Exit status: 0; 1 where some images failed; 2 for usage, bundle, checkpoint or server errors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
+
+import typer
+
+from thoraxrt import __version__
+from thoraxrt.engine.errors import RequestError, ThoraxrtError
+
+if TYPE_CHECKING:
+    from thoraxrt.engine.engine import Prediction
+    from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
+
+__all__ = ["app", "main"]
+
+_T = TypeVar("_T")
+
+app = typer.Typer(
+    name="thoraxrt",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A trained chest X-ray model in; out comes an engine that answers with findings and boxes.\n\n"
+    "Try [bold]thoraxrt demo[/] first. Then: [bold]export[/] a checkpoint to a bundle, [bold]predict[/] with it, "
+    "[bold]serve[/] it over gRPC.",
+)
+
+Backend = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option(help="openvino or onnxruntime; else what the bundle recommends.", show_default=False),
+]
+Precision = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="fp32, bf16, fp16 or int8; else what the bundle recommends, else fp32.", show_default=False),
+]
+
+
+def main() -> None:
+    """Run the command line; an error of ours becomes one line and exit status 2."""
+    try:
+        app()
+    except ThoraxrtError as error:
+        sys.exit(_complain(str(error)))
+    except BrokenPipeError:  # the reader of our output has gone, `| head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _complain(message: str) -> int:
+    """Print one line to stderr; the exit status for it."""
+    print("thoraxrt: error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _track(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
+    """Draw a progress bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description, total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"thoraxrt {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pth, .pt, .tar or .safetensors file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The bundle's folder, made whole or not at all.", show_default=False)],
+    precision: Annotated[str, typer.Option(help="Graphs to write, comma-separated.")] = "fp32,fp16",
+    labels: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The network's outputs in order, comma-separated; else the 14 NIH findings."),
+    ] = None,
+    operating_points: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help='A JSON file ({"Edema": 0.3, ...}), or an NIH-layout folder to choose them on (Youden\'s J, '
+            "train_val images only); else 0.5, marked as default."
+        ),
+    ] = None,
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A folder of radiographs to check the graphs on; else phantoms."),
+    ] = None,
+    resize: Annotated[str, typer.Option(help="shorter:N, or exact:WxH.")] = "shorter:256",
+    crop: Annotated[int, typer.Option(help="Side of the centre crop; 0 for none.")] = 224,
+    mean: Annotated[
+        str, typer.Option(help="What training subtracted, per channel, of pixels in 0..1.")
+    ] = "0.485,0.456,0.406",
+    std: Annotated[str, typer.Option(help="What training divided by.")] = "0.229,0.224,0.225",
+    box_threshold: Annotated[
+        float, typer.Option(help="Share of a CAM's range from which a pixel belongs to a box.")
+    ] = 180 / 255,
+    replace: Annotated[bool, typer.Option("--replace", help="Exchange an existing bundle, atomically.")] = False,
+) -> None:
+    """Turn a PyTorch checkpoint into a bundle.
+
+    The network (DenseNet-121/161/169/201, ResNet-18/34/50/101 and their kin) is recognised from
+    the weights' names. Every graph is checked against torch before the bundle appears.
+
+    [bold]thoraxrt export densenet121-nih.pth.tar --out chexnet.bundle[/]
+    """
+    from thoraxrt.engine.boxes import BoxSpec
+    from thoraxrt.engine.preprocess import PreprocessSpec
+    from thoraxrt.export.bundle import ExportOptions, export_bundle
+    from thoraxrt.export.graph import Normalisation
+
+    try:
+        options = ExportOptions(
+            precisions=tuple(precision.split(",")),
+            labels=tuple(label.strip() for label in labels.split(",")) if labels else None,
+            preprocess=PreprocessSpec(resize=_resize(resize), crop=crop or None),
+            normalisation=Normalisation(mean=_numbers(mean), std=_numbers(std)),
+            boxes=BoxSpec(threshold=box_threshold),
+            operating_points=operating_points,
+            images=images,
+            replace=replace,
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    bundle = export_bundle(checkpoint, out, options, _track)
+    for name, check in bundle.manifest.checks.items():
+        print(
+            f"{name}: logits within {check.max_logit_difference:.1e} of torch on {check.data}, "
+            f"{bundle.manifest.files[bundle.graph_name(name)].size / 1e6:.1f} MB"
+        )
+    print(f"{bundle.manifest.network.name} -> {out}")
+
+
+def _resize(text: str) -> Exact | Shorter:
+    from thoraxrt.engine.preprocess import Exact, Shorter
+
+    mode, _, size = text.partition(":")
+    numbers = size.split("x")
+    if mode == "shorter" and len(numbers) == 1 and numbers[0].isdecimal():
+        return Shorter(pixels=int(size))
+    if mode == "exact" and len(numbers) == 2 and all(number.isdecimal() for number in numbers):
+        return Exact(width=int(numbers[0]), height=int(numbers[1]))
+    raise RequestError(f"--resize {text}: expected shorter:N or exact:WxH, shorter:256 for example")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise RequestError(f"{text!r}: expected numbers separated by commas, 0.485,0.456,0.406 for example") from error
+
+
+@app.command()
+def predict(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BUNDLE IMAGES...",
+            help="A bundle, then PNG, JPEG or DICOM files or folders; with --server only the images.",
+        ),
+    ],
+    server: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="HOST:PORT", help="Ask a running server instead of opening a bundle."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image and line, unrounded.")] = False,
+    overlay: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Write each radiograph with its CAM and boxes as a PNG."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Most images the network takes at once.")] = 1,
+    backend: Backend = None,
+    precision: Precision = None,
+) -> None:
+    """Findings and boxes for radiographs.
+
+    An image that fails is reported and the others go on; the exit status is then 1.
+
+    [bold]thoraxrt predict chexnet.bundle images/*.png --overlay pictures[/]
+
+    [bold]thoraxrt predict --server localhost:8500 images/*.png --json[/]
+    """
+    bundle = None if server else arguments[0]
+    images = _images(arguments if server else arguments[1:])
+    if overlay:
+        overlay.mkdir(parents=True, exist_ok=True)
+    answers = (
+        _ask_server(server, images, overlay, backend, precision)
+        if server
+        else _ask_engine(str(bundle), images, overlay, backend, precision, batch)
+    )
+    failed = 0
+    table = _Table()
+    for image, answer in zip(images, _track(answers, "Predicting", len(images)), strict=True):
+        failed += isinstance(answer, ThoraxrtError)
+        if as_json:
+            result = {"error": str(answer)} if isinstance(answer, ThoraxrtError) else answer.to_dict()
+            print(json.dumps({"image": image, **result}), flush=True)
+        else:
+            table.add(image, answer)
+    if not as_json:
+        table.show()
+    raise typer.Exit(1 if failed else 0)
+
+
+def _images(arguments: list[str]) -> list[str]:
+    """The images named, each folder replaced by the images in it, sorted."""
+    images: list[str] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            images += sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".dcm"))
+        else:
+            images.append(argument)
+    if not images:
+        raise RequestError("no image named: expected PNG, JPEG or DICOM files, or folders that hold some")
+    return images
+
+
+def _ask_engine(
+    bundle: str, images: list[str], overlay: Path | None, backend: str | None, precision: str | None, batch: int
+) -> Iterator[Prediction | ThoraxrtError]:
+    from thoraxrt.engine.engine import Engine
+    from thoraxrt.engine.overlay import render_overlay
+
+    with Engine.open(bundle, backend=backend, precision=precision, batch=batch) as engine:
+        answers = engine.predict((Path(image) for image in images), cam=overlay is not None)
+        for image, answer in zip(images, answers, strict=True):
+            if overlay and not isinstance(answer, ThoraxrtError):
+                render_overlay(answer, engine.manifest.preprocess).save(_overlay_path(overlay, image))
+            yield answer
+
+
+def _ask_server(
+    address: str, images: list[str], overlay: Path | None, backend: str | None, precision: str | None
+) -> Iterator[Prediction | ThoraxrtError]:
+    from thoraxrt.server.client import Client
+
+    if backend or precision:
+        raise RequestError("--backend and --precision are the server's to choose: give them to `thoraxrt serve`")
+    with Client(address) as client:
+        replies = client.predict_many((Path(image) for image in images), overlay=overlay is not None)
+        for image, reply in zip(images, replies, strict=True):
+            if isinstance(reply, ThoraxrtError):
+                yield reply
+                continue
+            if overlay and reply.overlay_png is not None:
+                _overlay_path(overlay, image).write_bytes(reply.overlay_png)
+            yield reply.prediction
+
+
+def _overlay_path(folder: Path, image: str) -> Path:
+    return folder / f"{Path(image).stem}.overlay.png"
+
+
+class _Table:
+    """The reported findings and their boxes, an image after the other."""
+
+    def __init__(self) -> None:
+        from rich.table import Table
+
+        self._table = Table("image", "finding", "probability", "boxes x, y, width, height (score)")
+        self._executed: set[str] = set()
+
+    def add(self, image: str, answer: Prediction | ThoraxrtError) -> None:
+        """One image's rows."""
+        name = Path(image).name
+        if isinstance(answer, ThoraxrtError):
+            self._table.add_row(name, "[red]error", "", str(answer))
+            return
+        self._executed.add(f"{answer.backend} {answer.precision}")
+        reported = [finding for finding in answer.findings if finding.reported]
+        for finding in reported:
+            boxes = [
+                f"{box.x:.0f}, {box.y:.0f}, {box.width:.0f}, {box.height:.0f} ({box.score:.2f})"
+                for box in answer.boxes
+                if box.finding == finding.finding
+            ]
+            self._table.add_row(name, finding.finding, f"{finding.probability:.3f}", "\n".join(boxes))
+            name = ""
+        if not reported:
+            self._table.add_row(name, "[dim]nothing reported", "", "")
+        self._table.add_section()
+
+    def show(self) -> None:
+        """Print the table, and what executed the network."""
+        from rich.console import Console
+
+        console = Console()
+        console.print(self._table)
+        console.print(f"[dim]executed by {', '.join(sorted(self._executed)) or 'nothing'}")
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Loopback only, until TLS is there.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8500,
+    backend: Backend = None,
+    precision: Precision = None,
+) -> None:
+    """Answer gRPC requests with a bundle.
+
+    Health and reflection are on; Ctrl-C or SIGTERM finishes what is in flight, then stops.
+
+    [bold]thoraxrt serve chexnet.bundle --port 8500[/]
+    """
+    from thoraxrt.engine.engine import Engine
+    from thoraxrt.server.serve import serve as serve_engine
+
+    serve_engine(Engine.open(bundle, backend=backend, precision=precision), host=host, port=port)
+
+
+@app.command()
+def info(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
+) -> None:
+    """What is in a bundle, whether its files are intact, and which backends can run it here.
+
+    [bold]thoraxrt info chexnet.bundle[/]
+    """
+    import msgspec
+
+    from thoraxrt.engine.backends import available, backend_names
+    from thoraxrt.engine.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    opened.verify()
+    backends = {name: available(name, opened) for name in backend_names()}
+    if as_json:
+        manifest = msgspec.to_builtins(opened.manifest)
+        print(json.dumps({"bundle": str(bundle), "sha256": opened.sha256, "manifest": manifest, "backends": backends}))
+        return
+    _show_info(opened, backends)
+
+
+def _show_info(bundle: Any, backends: dict[str, dict[str, str | None]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    manifest = bundle.manifest
+    console = Console()
+    facts = Table.grid("fact", "value", padding=(0, 2))
+    facts.columns[1].overflow = "fold"
+    facts.add_row(
+        "network", f"{manifest.network.name}, CAM {manifest.network.cam_height} x {manifest.network.cam_width}"
+    )
+    facts.add_row("manifest sha256", bundle.sha256)
+    facts.add_row("checkpoint sha256", manifest.network.checkpoint_sha256)
+    facts.add_row("preprocess", _preprocess_text(manifest.preprocess))
+    facts.add_row("boxes", f"threshold {manifest.boxes.threshold:.3f}")
+    facts.add_row("recommended", str(manifest.recommended or "none: fp32 on the first backend that can"))
+    facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()))
+    console.print(facts)
+
+    findings = Table("finding", "operating point", "sensitivity", "specificity", "how", title="Labels")
+    for point in manifest.operating_points:
+        rates = ("" if rate is None else f"{rate:.3f}" for rate in (point.sensitivity, point.specificity))
+        findings.add_row(point.finding, f"{point.probability:.4f}", *rates, f"{point.method} {point.data or ''}")
+    console.print(findings)
+
+    files = Table("file", "MB", "sha256", title="Files, all intact")
+    for name, entry in manifest.files.items():
+        files.add_row(name, f"{entry.size / 1e6:.1f}", entry.sha256[:16])
+    console.print(files)
+
+    usable = Table("backend", "precision", "usable here", title="Backends")
+    for name, precisions in backends.items():
+        for precision, reason in precisions.items():
+            usable.add_row(name, precision, "[green]yes" if reason is None else f"no: {reason}")
+    console.print(usable)
+
+
+def _preprocess_text(spec: PreprocessSpec) -> str:
+    from thoraxrt.engine.preprocess import Shorter
+
+    resize = spec.resize
+    size = f"shorter side to {resize.pixels}" if isinstance(resize, Shorter) else f"{resize.width} x {resize.height}"
+    crop = f", centre crop {spec.crop}" if spec.crop else ""
+    return f"resize {size}{crop}, Pillow's bilinear filter"
+
+
+@app.command()
+def phantoms(
+    folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.", show_default=False)],
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 100,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 1,
+) -> None:
+    """Make a data set of phantom radiographs with known findings and boxes, in the NIH layout.
+
+    [bold]thoraxrt phantoms phantoms --count 200[/]
+    """
+    from thoraxrt.export.phantoms import write_phantoms
+
+    write_phantoms(folder, count, seed, _track)
+    print(f"{count} phantoms -> {folder}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes; exchanged as a whole.")] = Path("demo"),
+) -> None:
+    """The main job on phantoms: export, serve, ask over gRPC, and a picture of what was found.
+
+    Needs no data set, no download and no GPU.
+    """
+    from thoraxrt.benchmarks.demo import run_demo
+
+    run_demo(out, _track)
+
+
+if __name__ == "__main__":
+    main()
