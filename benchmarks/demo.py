@@ -25,7 +25,7 @@ from thoraxrt.export import Track
 from thoraxrt.export.bundle import ExportOptions, export_bundle
 from thoraxrt.export.nih import NihDataset, NihRecord
 from thoraxrt.export.phantoms import write_phantoms
-from thoraxrt.export.sample import SAMPLE_CHECKPOINT, TEST_SEED
+from thoraxrt.export.sample import SAMPLE_CHECKPOINT, UNSEEN_SEED
 from thoraxrt.server.client import Client
 from thoraxrt.server.serve import running_server
 
@@ -47,7 +47,7 @@ def run_demo(out: Path, track: Track) -> None:
     console = Console()
     phantoms = out / "phantoms"
     if not phantoms.exists():
-        write_phantoms(phantoms, _PHANTOMS, TEST_SEED, track)
+        write_phantoms(phantoms, _PHANTOMS, UNSEEN_SEED, track)
     records = NihDataset.open(phantoms).split("test").present().records
     bundle = export_bundle(
         SAMPLE_CHECKPOINT,

@@ -26,7 +26,7 @@ from thoraxrt.engine.errors import BackendError, ImageError, ImageFormatError, R
 from thoraxrt.engine.postprocess import Finding, findings_from_logits
 from thoraxrt.engine.preprocess import network_input
 
-__all__ = ["Engine", "Prediction", "Source"]
+__all__ = ["Engine", "Prediction", "Source", "read_image"]
 
 Source = bytes | str | Path | Radiograph
 """An image: encoded bytes, a file's path, or a radiograph already decoded."""
@@ -208,7 +208,7 @@ class Engine:
             if isinstance(image, Radiograph):
                 future.set_result(image)
                 return future
-            return self.decoder.submit(image if isinstance(image, bytes) else _read(Path(image)))
+            return self.decoder.submit(image if isinstance(image, bytes) else read_image(Path(image)))
         except ImageError as error:
             future.set_exception(error)
             return future
@@ -235,7 +235,8 @@ class Engine:
         self.close()
 
 
-def _read(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
+    """An image file's bytes. Raises ImageFormatError where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -292,7 +292,13 @@ def _check_keys(name: str, state: Mapping[str, Tensor], expected: Mapping[str, T
         for key, tensor in expected.items()
         if key in required and key in state and state[key].shape != tensor.shape
     ]
-    groups = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    quantised = [f"{key} {state[key].dtype}" for key in required & state.keys() if not state[key].is_floating_point()]
+    groups = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshaped,
+        "no floats": sorted(quantised),
+    }
     faults = [f"{len(keys)} {word} ({_some(keys)})" for word, keys in groups.items() if keys]
     if faults:
         raise CheckpointError(

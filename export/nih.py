@@ -149,7 +149,7 @@ class NihDataset:
 
 def _entries(root: Path) -> Iterator[tuple[str, tuple[str, ...], int]]:
     """Image, labels and patient of each row."""
-    file = next((root / name for name in _ENTRIES if (root / name).is_file()), root / _ENTRIES[0])
+    file = next((root / name for name in _ENTRIES if (root / name).is_file()), root / _ENTRIES[-1])
     known = {"No Finding": (), **{label: (label,) for label in LABELS}}  # and every combination seen so far
     rows = _rows(file)
     header = next(rows, [])

@@ -50,22 +50,20 @@ def operating_points_from_folder(
     The test images are never looked at. A finding that the data set does not label, or that all or
     none of its images show, keeps 0.5, marked default. Raises DatasetError, ImageError.
     """
-    dataset = NihDataset.open(folder)
-    records = dataset.split("train_val").present().records
-    if not records:
+    dataset = NihDataset.open(folder).split("train_val").present()
+    paths = [record.path for record in dataset if record.path is not None]
+    if not paths:
         raise DatasetError(f"{folder} has no train_val image to choose operating points on")
     session = session_from_graph(graph)
     logits = np.concatenate(
         [
-            session.run(
-                ["logits"], {"image": network_input(decode(record.path.read_bytes()).pixels, spec)[np.newaxis]}
-            )[0]
-            for record in track(records, "Choosing operating points", len(records))
+            session.run(["logits"], {"image": network_input(decode(path.read_bytes()).pixels, spec)[np.newaxis]})[0]
+            for path in track(paths, "Choosing operating points", len(paths))
         ]
     )  # (N, C)
-    data = f"{len(records)} train_val images of {folder.name}"
+    data = f"{len(paths)} train_val images of {folder.name}"
     return tuple(
-        youden(label, logits[:, column], np.array([label in record.labels for record in records]), data)
+        youden(label, logits[:, column], np.array([label in record.labels for record in dataset]), data)
         for column, label in enumerate(labels)
     )
 

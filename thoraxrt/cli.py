@@ -306,7 +306,7 @@ class _Table:
 @app.command()
 def serve(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
-    host: Annotated[str, typer.Option(help="Loopback only, until TLS is there.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Beyond loopback nothing is encrypted or authenticated yet.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8500,
     backend: Backend = None,
     precision: Precision = None,

@@ -1,0 +1,63 @@
+"""AUROC against published values, and IoBB by hand."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from thoraxrt.benchmarks.accuracy import auroc_per_finding, iobb, predictions_from_csv
+from thoraxrt.engine.errors import DatasetError
+from thoraxrt.export.nih import LABELS, NihBox, NihDataset
+
+
+def box(x: float, y: float, width: float, height: float) -> NihBox:
+    return NihBox(finding="Mass", x=x, y=y, width=width, height=height)
+
+
+def test_published_auroc_is_reproduced(nih: Path) -> None:
+    """22,433 published DenseNet-121 predictions and the labels as NIH publishes them."""
+    predictions = predictions_from_csv(nih / "predictions" / "densenet121_reproduce-chexnet.csv", LABELS)
+    dataset = NihDataset.open(nih)
+    row = {record.image: index for index, record in enumerate(dataset.records)}
+    positive = dataset.label_matrix()[[row[image] for image in predictions]]
+    found = auroc_per_finding(positive, np.stack(list(predictions.values())), LABELS)
+    with (nih / "predictions" / "densenet121_reproduce-chexnet_auroc.csv").open(newline="") as file:
+        published = {line["label"]: float(line["auc"]) for line in csv.DictReader(file)}
+    assert len(predictions) == 22433
+    assert set(found) == set(published)
+    for finding, area in published.items():
+        assert found[finding] == pytest.approx(area, abs=1e-9)
+
+
+def test_auroc_by_hand() -> None:
+    positive = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], np.uint8)
+    scores = np.array([[0.9, 0.1], [0.5, 0.2], [0.4, 0.3], [0.1, 0.4]])
+    # Three of the four pairs of a positive and a negative are in order; the second finding has no positives.
+    assert auroc_per_finding(positive, scores, ["Mass", "Edema"]) == {"Mass": 0.75, "Edema": None}
+
+
+@pytest.mark.parametrize(
+    ("detected", "annotated", "expected"),
+    [
+        (box(0, 0, 10, 10), box(0, 0, 10, 10), 1.0),
+        (box(0, 0, 10, 10), box(5, 0, 100, 100), 0.5),
+        (box(0, 0, 10, 10), box(10, 0, 5, 5), 0.0),
+        (box(0, 0, 10, 10), box(20, 20, 5, 5), 0.0),
+        (box(2, 2, 2, 2), box(0, 0, 100, 100), 1.0),  # over the detected box: a small one inside scores fully
+    ],
+)
+def test_iobb_by_hand(detected: NihBox, annotated: NihBox, expected: float) -> None:
+    assert iobb(detected, annotated) == expected
+
+
+@pytest.mark.parametrize("content", ["", "Image Index\n1.png\n", "Image Index,prob_Mass\n1.png,high\n"])
+def test_senseless_predictions(content: str, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(content)
+    if content:
+        with pytest.raises(DatasetError, match="prob_"):
+            predictions_from_csv(tmp_path / "p.csv", ["Mass"])
+    with pytest.raises(DatasetError, match="cannot be read"):
+        predictions_from_csv(tmp_path / "none.csv", ["Mass"])

@@ -1,0 +1,136 @@
+"""The command line as a user meets it: help, the JSON shape, exit statuses, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from thoraxrt.engine.bundle import Bundle
+from thoraxrt.engine.engine import Engine
+from thoraxrt.export.phantoms import phantom
+
+COMMANDS = ("export", "predict", "serve", "info", "phantoms", "demo")
+
+
+def thoraxrt(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "thoraxrt.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("radiographs")
+    paths = [folder / f"{index}.png" for index in range(2)]
+    for index, path in enumerate(paths):
+        Image.fromarray(phantom(5, index).pixels).save(path)
+    return paths
+
+
+def test_help_teaches_every_command() -> None:
+    text = thoraxrt("--help").stdout
+    assert all(command in text for command in COMMANDS)
+    for command in COMMANDS:
+        assert len(thoraxrt(command, "--help").stdout) > 300
+
+
+def test_help_imports_no_runtime() -> None:
+    code = (
+        "import sys, thoraxrt.cli\n"
+        "heavy = {'numpy', 'torch', 'cv2', 'onnxruntime', 'openvino', 'grpc', 'pydicom', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_json_lines_are_the_public_shape(sample_bundle: Bundle, images: list[Path]) -> None:
+    lines = thoraxrt("predict", sample_bundle.path, *images, "--json", "--backend", "onnxruntime").stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["image"] for answer in answers] == [str(path) for path in images]
+    for answer in answers:
+        assert list(answer) == ["image", "width", "height", "precision", "backend", "findings", "boxes"]
+        assert (answer["width"], answer["height"]) == (1024, 1024)
+        assert (answer["precision"], answer["backend"]) == ("fp32", "onnxruntime")
+        assert [finding["finding"] for finding in answer["findings"]] == list(sample_bundle.manifest.labels)
+        assert all(list(f) == ["finding", "probability", "logit", "reported"] for f in answer["findings"])
+        for box in answer["boxes"]:
+            assert list(box) == ["finding", "x", "y", "width", "height", "score", "peak"]
+            assert list(box["peak"]) == ["x", "y"]
+    assert any(answer["boxes"] for answer in answers)
+    with Engine.open(sample_bundle, backend="onnxruntime") as engine:  # and unrounded
+        assert answers[0] == {
+            "image": str(images[0]),
+            **json.loads(json.dumps(engine.predict_one(images[0]).to_dict())),
+        }
+
+
+def test_one_bad_image_gives_its_error_and_status_1(sample_bundle: Bundle, images: list[Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(images[0].read_bytes()[:5000])
+    result = thoraxrt("predict", sample_bundle.path, images[0], bad, images[1], "--json", status=1)
+    first, error, last = (json.loads(line) for line in result.stdout.splitlines())
+    assert "findings" in first
+    assert "findings" in last
+    assert list(error) == ["image", "error"]
+    assert error["image"] == str(bad)
+
+
+def test_a_folder_stands_for_its_images_and_overlays_are_written(
+    sample_bundle: Bundle, images: list[Path], tmp_path: Path
+) -> None:
+    result = thoraxrt("predict", sample_bundle.path, images[0].parent, "--overlay", tmp_path / "pictures")
+    assert "executed by openvino fp32" in result.stdout
+    for path in images:
+        with Image.open(tmp_path / "pictures" / f"{path.stem}.overlay.png") as picture:
+            assert picture.size == (1024, 1024)
+
+
+def test_info_says_what_is_there_and_what_runs(sample_bundle: Bundle) -> None:
+    text = thoraxrt("info", sample_bundle.path).stdout
+    assert sample_bundle.sha256 in text.replace("\n", "")
+    facts = json.loads(thoraxrt("info", sample_bundle.path, "--json").stdout)
+    assert facts["manifest"]["labels"] == list(sample_bundle.manifest.labels)
+    assert facts["backends"]["onnxruntime"]["fp32"] is None
+    assert "model.int8.onnx" in facts["backends"]["onnxruntime"]["int8"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("info", "nowhere.bundle"),
+        ("predict", "nowhere.bundle", "a.png"),
+        ("predict", "nowhere.bundle"),
+        ("predict", "--server", "localhost:1", "a.png", "--backend", "openvino"),
+        ("serve", "nowhere.bundle"),
+        ("export", "nowhere.pth", "--out", "x.bundle"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--resize", "bigger"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--mean", "a,b"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--precision", "fp8"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--crop", "999"),
+    ],
+)
+def test_usage_bundle_and_checkpoint_errors_are_one_line_and_status_2(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = thoraxrt(*arguments, status=2)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("thoraxrt: error: ")
+
+
+def test_an_unknown_option_is_status_2() -> None:
+    assert "No such option" in thoraxrt("info", "--frobnicate", status=2).stderr
