@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thoraxrt.engine.errors import DatasetError
+from thoraxrt.export import Track, no_progress
 from thoraxrt.export.nih import NihBox
 
 __all__ = ["PLANTED", "Phantom", "phantom", "write_phantoms"]
@@ -81,32 +83,31 @@ def phantom(seed: int, index: int, *, planted: bool = True) -> Phantom:
     )
 
 
-def write_phantoms(
-    folder: str | os.PathLike[str], count: int, seed: int, progress: Callable[[int], None] | None = None
-) -> None:
+def write_phantoms(folder: str | os.PathLike[str], count: int, seed: int, track: Track = no_progress) -> None:
     """Write the first `count` phantoms of the series `seed` as a data set in the NIH layout.
 
-    `progress` is called with the number of images written so far. The lists split by patient, one
-    patient in four in the test list, and every planted box is listed. The lists are written last, so
-    a folder that was cut short does not open as a data set.
+    The lists split by patient, one patient in four in the test list, and every planted box is
+    listed. The folder appears whole or not at all.
 
     Raises DatasetError where `folder` exists and is not an empty folder, or cannot be written.
     """
     root = Path(folder)
     if count < 1:
         raise ValueError(f"{count} phantoms: expected at least one")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise DatasetError(f"{root} exists and is not an empty folder; expected a new one: give another path")
     try:
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise DatasetError(f"{root} exists and is not an empty folder; expected a new one: give another path")
-        (root / "images").mkdir(parents=True, exist_ok=True)
-        phantoms = []
-        for index in range(count):
-            made = phantom(seed, index)
-            _write_image(root / "images", made)
-            phantoms.append(replace(made, pixels=_NO_PIXELS))  # the lists need no pixels
-            if progress is not None:
-                progress(index + 1)
-        _write_lists(root, phantoms)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as beside:
+            made = Path(beside) / root.name
+            (made / "images").mkdir(parents=True)
+            phantoms = []
+            for index in track(range(count), "Drawing phantoms", count):
+                drawn = phantom(seed, index)
+                _write_image(made / "images", drawn)
+                phantoms.append(replace(drawn, pixels=_NO_PIXELS))  # the lists need no pixels
+            _write_lists(made, phantoms)
+            made.rename(root)
     except OSError as error:
         raise DatasetError(
             f"{root} cannot be written ({error.strerror}); expected a folder that can: check it"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from thoraxrt.engine.engine import _read as read_image
+from thoraxrt.engine.engine import read_image
 from thoraxrt.engine.errors import RequestError, ServerError, ThoraxrtError
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
@@ -152,9 +152,8 @@ class Client:
         try:
             yield
         except grpc.RpcError as error:
-            raise error_from_status(
-                error.code(), error.details() or "", error.trailing_metadata() or (), self.address
-            ) from None
+            metadata = {entry.key: entry.value for entry in error.trailing_metadata() or ()}
+            raise error_from_status(error.code(), error.details() or "", metadata, self.address) from None
         except ValueError as error:
             raise ServerError(
                 f"the reply of {self.address} makes no sense to this version ({error}); "

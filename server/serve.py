@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager, contextmanager
@@ -21,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.errors import ServerError
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
-from thoraxrt.server.service import SERVICE_NAME, PredictionService
+from thoraxrt.server.service import SERVICE_NAME, PredictionService, RequestParser
 from thoraxrt.server.wire import MAX_MESSAGE_BYTES
 
 __all__ = ["GRACE", "HOST", "PORT", "listening", "running_server", "serve"]
@@ -122,11 +123,12 @@ async def listening(
     nothing of the engine runs after that. Raises as `serve` does.
     """
     server = grpc.aio.server(
+        interceptors=[RequestParser()],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),  # else a second server on the port takes half the calls in silence
-        ]
+        ],
     )
     service, state = PredictionService(engine), health.aio.HealthServicer()
     thoraxrt_pb2_grpc.add_PredictionServiceServicer_to_server(service, server)
@@ -155,12 +157,21 @@ def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     if not _is_loopback(host):
         _log.warning("%s is reachable from other machines, without encryption and without a password", address)
     try:
+        _probe(host, port)
         return server.add_insecure_port(address)
-    except RuntimeError as error:  # grpc's only type for it, and its text names no reason
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "the port has just been taken"
         raise ServerError(
-            f"cannot listen on {address}: the port is taken, or the address is not this machine's; "
-            "choose another --port (0 takes a free one) or --host"
+            f"cannot listen on {address}: {reason}; choose another --port (0 takes a free one) or --host"
         ) from error
+
+
+def _probe(host: str, port: int) -> None:
+    """Raise the OSError that says why the address cannot be bound; gRPC raises without a reason, and prints it."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
 
 
 def _address(host: str, port: int) -> str:

@@ -13,16 +13,17 @@ import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import grpc
 import msgspec
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from thoraxrt import __version__
 from thoraxrt.engine.decode import Radiograph
 from thoraxrt.engine.engine import Engine, Prediction
-from thoraxrt.engine.errors import ThoraxrtError
+from thoraxrt.engine.errors import RequestError, ThoraxrtError
 from thoraxrt.engine.overlay import render_overlay
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
@@ -36,9 +37,11 @@ from thoraxrt.server.wire import (
     options_from_message,
 )
 
-__all__ = ["SERVICE_NAME", "PredictionService"]
+__all__ = ["SERVICE_NAME", "PredictionService", "RequestParser"]
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PredictionService"].full_name
+
+_MALFORMED = "the message is not what {} takes; expected the request of its .proto: check the client's version"
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +49,10 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
-_Context = grpc.aio.ServicerContext[Any, Any]
+
+if TYPE_CHECKING:  # generic in the stubs only
+    _Context = grpc.aio.ServicerContext[Any, Any]
+    _Handler = grpc.RpcMethodHandler[Any, Any]
 
 
 def _answered(
@@ -68,6 +74,31 @@ def _answered(
         await context.abort(*status)
 
     return answer
+
+
+class RequestParser(grpc.aio.ServerInterceptor):
+    """Ends a unary call whose message cannot be parsed with INVALID_ARGUMENT: gRPC says UNKNOWN and logs a traceback."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """See grpc.aio."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:  # no such method, or a stream
+            return handler
+        parse: Any = handler.request_deserializer
+        answer: Any = handler.unary_unary  # typed as the synchronous server's
+
+        async def parse_and_answer(data: bytes, context: Any) -> Any:
+            try:
+                request = parse(data)
+            except DecodeError:
+                await context.abort(*status_from_error(RequestError(_MALFORMED.format(handler_call_details.method))))
+            return await answer(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(parse_and_answer, response_serializer=handler.response_serializer)
 
 
 class PredictionService(thoraxrt_pb2_grpc.PredictionServiceServicer):
@@ -125,7 +156,7 @@ class PredictionService(thoraxrt_pb2_grpc.PredictionServiceServicer):
     def _draw(self, prediction: Prediction, options: Options) -> bytes:
         picture = render_overlay(prediction, self._engine.manifest.preprocess, options.boxes_for)
         file = BytesIO()
-        picture.save(file, "PNG")
+        picture.save(file, "PNG", compress_level=1)  # 5 times faster than the default, 20% larger
         return file.getvalue()
 
 

@@ -6,7 +6,7 @@ name in trailing metadata for our own client. Knows nothing of calls or servers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import grpc
@@ -67,15 +67,15 @@ def fault() -> Status:
 
 
 def error_from_status(
-    code: grpc.StatusCode, details: str, trailing_metadata: Iterable[tuple[str, str | bytes]], address: str
+    code: grpc.StatusCode, details: str, trailing_metadata: Mapping[str, object], address: str
 ) -> ThoraxrtError:
     """The error that a call to `address` ended with: the engine's own where the server named it.
 
     Anything else is a ServerError that says what to do.
     """
-    for key, name in trailing_metadata:
-        if key == ERROR_KEY and isinstance(name, str) and name in _TYPES:
-            return _TYPES[name](details)
+    kind = _TYPES.get(str(trailing_metadata.get(ERROR_KEY)))
+    if kind is not None:
+        return kind(details)
     return ServerError(_server_message(code, details, address))
 
 

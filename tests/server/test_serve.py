@@ -1,0 +1,192 @@
+"""The process around the service: warm-up and health, ports, signals, orderly stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from thoraxrt.engine.engine import Engine
+from thoraxrt.engine.errors import BackendError, ServerError
+from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
+from thoraxrt.server import serve as serve_module
+from thoraxrt.server.client import Client
+from thoraxrt.server.serve import running_server, serve
+from thoraxrt.server.service import SERVICE_NAME
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+SERVE = """
+import sys
+from thoraxrt.engine.engine import Engine
+from thoraxrt.server.serve import serve
+serve(Engine.open(sys.argv[1], backend="onnxruntime"), port=0)
+print("stopped")
+"""
+
+
+def health_of(channel: grpc.Channel, service: str) -> int:
+    stub = health_pb2_grpc.HealthStub(channel)
+    return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=20, wait_for_ready=True).status
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("service", ["", SERVICE_NAME])
+def test_health_is_serving(channel, service):
+    assert health_of(channel, service) == SERVING
+
+
+def test_health_of_an_unknown_service_is_not_found(channel):
+    with pytest.raises(grpc.RpcError) as caught:
+        health_of(channel, "other.Service")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_health_waits_for_the_network_to_be_warm(gated_engine, gate, free_port):
+    gate.shut()
+    warm, end = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with running_server(gated_engine, port=free_port):
+            warm.set()
+            end.wait(20)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{free_port}") as channel:
+            assert gate.entered.acquire(timeout=20)  # it is warming up
+            assert [health_of(channel, name) for name in ("", SERVICE_NAME)] == [NOT_SERVING, NOT_SERVING]
+            assert not warm.is_set()
+            gate.open()
+            assert warm.wait(20)
+            assert [health_of(channel, name) for name in ("", SERVICE_NAME)] == [SERVING, SERVING]
+    finally:
+        gate.open()
+        end.set()
+        thread.join()
+
+
+def test_a_network_that_fails_its_warm_up_is_not_served(faulty_bundle):
+    with (
+        Engine.open(faulty_bundle, backend="onnxruntime") as engine,
+        pytest.raises(BackendError, match="not finite"),
+        running_server(engine),
+    ):
+        pytest.fail("it serves")
+
+
+def test_a_stop_finishes_what_is_in_flight_and_takes_no_more(gated_engine, gate, radiograph):
+    stack = contextlib.ExitStack()
+    port = stack.enter_context(running_server(gated_engine, grace=20))
+    watching = grpc.insecure_channel(f"127.0.0.1:{port}")
+    with (
+        watching,
+        ThreadPoolExecutor(1) as pool,
+        Client(f"127.0.0.1:{port}") as client,
+        Client(f"127.0.0.1:{port}") as late,
+    ):
+        watch = health_pb2_grpc.HealthStub(watching).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+        assert next(watch).status == SERVING
+        gate.shut()
+        asking = pool.submit(client.predict, radiograph(0))
+        assert gate.entered.acquire(timeout=20)
+        stopping = threading.Thread(target=stack.close)
+        stopping.start()
+        assert next(watch).status == NOT_SERVING  # the stop has begun
+        watch.cancel()
+        assert stopping.is_alive()
+        gate.open()
+        assert asking.result(20).prediction.width == 97
+        stopping.join(20)
+        assert not stopping.is_alive()
+        with pytest.raises(ServerError, match="no server answers"):
+            late.predict(radiograph(0))
+
+
+def test_a_stop_waits_no_longer_than_its_grace(gated_engine, gate, radiograph):
+    request = pb.PredictRequest(image=radiograph(0))
+    stack = contextlib.ExitStack()
+    port = stack.enter_context(running_server(gated_engine, grace=0.05))
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary("/thoraxrt.v1.PredictionService/Predict")
+        gate.shut()
+        held = call.future(request.SerializeToString(), timeout=20)
+        assert gate.entered.acquire(timeout=20)
+        stopping = threading.Thread(target=stack.close)
+        stopping.start()
+        with pytest.raises(grpc.RpcError) as caught:
+            held.result()
+        assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        gate.open()  # the engine is freed only once the network has returned
+        stopping.join(20)
+        assert not stopping.is_alive()
+
+
+def test_a_second_server_on_the_port_is_refused_in_one_line(engine, address, capfd):
+    port = int(address.rpartition(":")[2])
+    with pytest.raises(ServerError, match=rf"cannot listen on 127.0.0.1:{port}: .*in use; choose another --port"):
+        serve(Engine.open(engine.bundle, backend="onnxruntime"), port=port)
+    with pytest.raises(ServerError, match="cannot listen"), running_server(engine, port=port):
+        pytest.fail("it serves")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_an_address_of_another_machine_is_refused(engine, host):
+    with pytest.raises(ServerError, match=f"cannot listen on {host}:0: .*--host"), running_server(engine, host=host):
+        pytest.fail("it serves")
+
+
+def test_it_listens_on_loopback_unless_told_otherwise(engine, caplog):
+    assert serve_module.HOST == "127.0.0.1"
+    with caplog.at_level(logging.WARNING, "thoraxrt"):
+        with running_server(engine):
+            pass
+        assert caplog.text == ""
+        with running_server(engine, host="0.0.0.0") as port, Client(f"127.0.0.1:{port}") as client:
+            assert client.model().backend == "onnxruntime"
+        assert "without encryption" in caplog.text
+
+
+def test_it_listens_on_ipv6(engine):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
+    with running_server(engine, host="::1") as port, Client(f"[::1]:{port}") as client:
+        assert client.model().precision == "fp32"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_in_order(tiny_bundle, radiograph, number):
+    arguments = [sys.executable, "-c", SERVE, str(tiny_bundle.path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith(f"serving {SERVICE_NAME} on 127.0.0.1:")
+            with Client(line.split()[3]) as client:
+                assert client.predict(radiograph(0)).prediction.width == 97
+                process.send_signal(number)
+                assert process.wait(20) == 0
+            assert process.stdout.read() == "stopped\n"
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
