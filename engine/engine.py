@@ -80,6 +80,7 @@ class Engine:
         self.decoder = decoder
         self.batch = batch
         self._backend = backend
+        self._closed = False
 
     @classmethod
     def open(
@@ -202,7 +203,12 @@ class Engine:
         return tuple(sort_boxes(boxes))
 
     def submit(self, image: Source) -> Future[Radiograph]:
-        """Start decoding an image; the future holds its Radiograph or its ImageError."""
+        """Start decoding an image; the future holds its Radiograph or its ImageError.
+
+        Raises BackendError where the engine is closed.
+        """
+        if self._closed:
+            raise BackendError("the engine is closed; open it again")
         future: Future[Radiograph] = Future()
         try:
             if isinstance(image, Radiograph):
@@ -223,6 +229,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the decoder's workers and free the network; closing twice is harmless."""
+        self._closed = True
         self.decoder.close()
         self._backend.close()
 

@@ -14,7 +14,7 @@ from thoraxrt.engine.backends import NetworkOutput, available, backend_names, op
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Radiograph, ThreadDecoder, decode
 from thoraxrt.engine.engine import Engine, Prediction
-from thoraxrt.engine.errors import BackendError, BackendUnavailableError, ImageError, RequestError, ThoraxrtError
+from thoraxrt.engine.errors import BackendError, BackendUnavailableError, ImageError, RequestError
 from thoraxrt.engine.overlay import render_overlay
 from thoraxrt.engine.postprocess import activate
 from thoraxrt.engine.preprocess import network_input
@@ -209,8 +209,10 @@ def test_a_closed_engine_says_so(backend: str, sample_bundle: Bundle, radiograph
     engine = Engine.open(sample_bundle, backend=backend)
     engine.close()
     engine.close()
-    with pytest.raises(ThoraxrtError, match="closed"):
-        engine.predict_one(radiographs[0])
+    with pytest.raises(BackendError, match="closed"):
+        engine.predict_one(b"any bytes")
+    with pytest.raises(BackendError, match="closed"):
+        engine.predict_batch(radiographs)
 
 
 WITHOUT_TORCH = """
