@@ -5,7 +5,8 @@ Owns colours and drawing; what is drawn was decided elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import colorsys
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import cv2
@@ -25,7 +26,6 @@ __all__ = ["CORRECT", "FALSE_POSITIVE", "GROUND_TRUTH", "draw_box", "heat", "rad
 CORRECT: Final = (0, 220, 0)
 FALSE_POSITIVE: Final = (255, 40, 40)
 GROUND_TRUTH: Final = (70, 130, 255)
-_DETECTED: Final = (255, 220, 0)
 
 
 def render_overlay(prediction: Prediction, spec: PreprocessSpec, findings: Iterable[str] | None = None) -> Image.Image:
@@ -38,9 +38,17 @@ def render_overlay(prediction: Prediction, spec: PreprocessSpec, findings: Itera
         raise RequestError("an overlay needs the radiograph and the CAMs: predict with cam=True")
     reported = [f.finding for f in prediction.findings if f.reported and (findings is None or f.finding in findings)]
     image = heat(prediction.radiograph, prediction, spec, reported)
+    colours = _colours([f.finding for f in prediction.findings])
     for box in prediction.boxes:
-        draw_box(image, box, _DETECTED, f"{box.finding} {box.score:.2f}")
+        draw_box(image, box, colours[box.finding], f"{box.finding} {box.score:.2f}")
     return image
+
+
+def _colours(findings: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    """A bright colour for each finding, the same in every picture of one model."""
+    hues = ((index * 0.618) % 1 for index in range(len(findings)))  # the golden ratio keeps neighbours apart
+    colours = (colorsys.hsv_to_rgb(hue, 0.75, 1.0) for hue in hues)
+    return {name: (int(r * 255), int(g * 255), int(b * 255)) for name, (r, g, b) in zip(findings, colours, strict=True)}
 
 
 def radiograph_image(radiograph: Radiograph) -> Image.Image:
@@ -61,7 +69,7 @@ def heat(radiograph: Radiograph, prediction: Prediction, spec: PreprocessSpec, f
         return radiograph_image(radiograph)
     warm = _on_source(np.max(maps, axis=0), radiograph, spec)  # (H, W), 0..1
     colour = cv2.applyColorMap((warm * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    alpha = (0.6 * warm)[..., np.newaxis]
+    alpha = (0.6 * warm**2)[..., np.newaxis]  # squared: the cool end leaves the radiograph as it is
     return Image.fromarray((picture * (1 - alpha) + colour * alpha).astype(np.uint8))
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -18,6 +18,7 @@ from thoraxrt import __version__
 from thoraxrt.engine.errors import RequestError, ThoraxrtError
 
 if TYPE_CHECKING:
+    from thoraxrt.engine.bundle import Bundle
     from thoraxrt.engine.engine import Prediction
     from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
 
@@ -37,11 +38,11 @@ app = typer.Typer(
 )
 
 Backend = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads the annotation at run time
+    str | None,
     typer.Option(help="openvino or onnxruntime; else what the bundle recommends.", show_default=False),
 ]
 Precision = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(help="fp32, bf16, fp16 or int8; else what the bundle recommends, else fp32.", show_default=False),
 ]
 
@@ -84,18 +85,18 @@ def export(
     out: Annotated[Path, typer.Option(help="The bundle's folder, made whole or not at all.", show_default=False)],
     precision: Annotated[str, typer.Option(help="Graphs to write, comma-separated.")] = "fp32,fp16",
     labels: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="The network's outputs in order, comma-separated; else the 14 NIH findings."),
     ] = None,
     operating_points: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help='A JSON file ({"Edema": 0.3, ...}), or an NIH-layout folder to choose them on (Youden\'s J, '
             "train_val images only); else 0.5, marked as default."
         ),
     ] = None,
     images: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="A folder of radiographs to check the graphs on; else phantoms."),
     ] = None,
     resize: Annotated[str, typer.Option(help="shorter:N, or exact:WxH.")] = "shorter:256",
@@ -172,12 +173,12 @@ def predict(
         ),
     ],
     server: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(metavar="HOST:PORT", help="Ask a running server instead of opening a bundle."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image and line, unrounded.")] = False,
     overlay: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(metavar="DIR", help="Write each radiograph with its CAM and boxes as a PNG."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Most images the network takes at once.")] = 1,
@@ -347,7 +348,7 @@ def info(
     _show_info(opened, backends)
 
 
-def _show_info(bundle: Any, backends: dict[str, dict[str, str | None]]) -> None:
+def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -366,10 +367,12 @@ def _show_info(bundle: Any, backends: dict[str, dict[str, str | None]]) -> None:
     facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()))
     console.print(facts)
 
+    chosen_on = {point.data for point in manifest.operating_points if point.data}
     findings = Table("finding", "operating point", "sensitivity", "specificity", "how", title="Labels")
+    findings.caption = f"operating points from {', '.join(sorted(chosen_on))}" if chosen_on else None
     for point in manifest.operating_points:
         rates = ("" if rate is None else f"{rate:.3f}" for rate in (point.sensitivity, point.specificity))
-        findings.add_row(point.finding, f"{point.probability:.4f}", *rates, f"{point.method} {point.data or ''}")
+        findings.add_row(point.finding, f"{point.probability:.4f}", *rates, point.method)
     console.print(findings)
 
     files = Table("file", "MB", "sha256", title="Files, all intact")

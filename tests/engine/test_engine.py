@@ -173,7 +173,7 @@ def test_an_overlay_shows_boxes_and_heat(sample_bundle: Bundle, radiographs: lis
     channels = np.asarray(picture)
     box = prediction.boxes[0]
     edge = channels[round(box.y + box.height / 2), round(box.x) : round(box.x) + 4]
-    assert (edge == (255, 220, 0)).all(axis=-1).any()
+    assert (np.ptp(edge.astype(int), axis=-1) > 150).any()  # a bright colour on gray
     assert (channels[..., 0].astype(int) - channels[..., 2] > 40).sum() > 1000  # warm colours
 
 
