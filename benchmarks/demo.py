@@ -35,8 +35,8 @@ HIT = 0.25
 """IoBB from which a box counts as correct: the middle of the thresholds in Table 4 of arXiv 1705.02315."""
 
 _PHANTOMS = 160
-_SHEET_ROWS = 5
-_PANEL, _CAPTION = 360, 26  # pixels
+_SHEET_ROWS = 4
+_PANEL, _CAPTION = 300, 24  # pixels
 
 
 def run_demo(out: Path, track: Track) -> None:
@@ -56,11 +56,24 @@ def run_demo(out: Path, track: Track) -> None:
         track,
     )
     predictions = _ask_server(bundle, records, track)
-    console.print(_table(records[:_SHEET_ROWS], predictions))
+    shown = _varied(records)
+    chosen = [records[row] for row in shown], [predictions[row] for row in shown]
+    console.print(_table(*chosen))
     console.print(_summary(bundle, records, predictions))
     sheet = out / "contact-sheet.png"
-    contact_sheet(records[:_SHEET_ROWS], predictions, bundle.manifest.preprocess).save(sheet)
+    contact_sheet(*chosen, bundle.manifest.preprocess).save(sheet)
     console.print(f"bundle: [bold]{bundle.path}[/]   contact sheet: [bold]{sheet}[/]")
+
+
+def _varied(records: Sequence[NihRecord]) -> list[int]:
+    """The first records that each show something not shown before: whatever the network made of them."""
+    seen: set[str] = set()
+    rows = []
+    for row, record in enumerate(records):
+        if not seen.issuperset(record.labels):
+            seen.update(record.labels)
+            rows.append(row)
+    return rows[:_SHEET_ROWS]
 
 
 def _ask_server(bundle: Bundle, records: Sequence[NihRecord], track: Track) -> list[Prediction]:
@@ -86,7 +99,7 @@ def _path(record: NihRecord) -> Path:
 
 def _table(records: Sequence[NihRecord], predictions: Sequence[Prediction]) -> Table:
     table = Table("phantom", "planted", "reported (probability)", "boxes", title="Findings, as the server answered")
-    for record, prediction in zip(records, predictions, strict=False):
+    for record, prediction in zip(records, predictions, strict=True):
         reported = [
             f"[{'green' if f.finding in record.labels else 'red'}]{f.finding}[/] {f.probability:.2f}"
             for f in prediction.findings
@@ -119,8 +132,8 @@ def _summary(bundle: Bundle, records: Sequence[NihRecord], predictions: Sequence
 def contact_sheet(records: Sequence[NihRecord], predictions: Sequence[Prediction], spec: PreprocessSpec) -> Image.Image:
     """Rows of radiograph, CAM overlay and boxes: correct green, false positive red, ground truth blue."""
     sheet = Image.new("RGB", (3 * _PANEL, len(records) * (_PANEL + _CAPTION)), (16, 16, 16))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for row, (record, prediction) in enumerate(zip(records, predictions, strict=False)):
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for row, (record, prediction) in enumerate(zip(records, predictions, strict=True)):
         radiograph = decode(_path(record).read_bytes())
         reported = [finding for finding in prediction.findings if finding.reported]
         boxed = radiograph_image(radiograph)

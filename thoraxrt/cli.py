@@ -112,8 +112,7 @@ def export(
 ) -> None:
     """Turn a PyTorch checkpoint into a bundle.
 
-    The network (DenseNet-121/161/169/201, ResNet-18/34/50/101 and their kin) is recognised from
-    the weights' names. Every graph is checked against torch before the bundle appears.
+    DenseNets and ResNets are recognised by their weights' names; every graph is checked against torch.
 
     [bold]thoraxrt export densenet121-nih.pth.tar --out chexnet.bundle[/]
     """
