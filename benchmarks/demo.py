@@ -59,7 +59,7 @@ def run_demo(out: Path, track: Track) -> None:
     shown = _varied(records)
     chosen = [records[row] for row in shown], [predictions[row] for row in shown]
     console.print(_table(*chosen))
-    console.print(_summary(bundle, records, predictions))
+    console.print(_summary(bundle.manifest.labels, records, predictions))
     sheet = out / "contact-sheet.png"
     contact_sheet(*chosen, bundle.manifest.preprocess).save(sheet)
     console.print(f"bundle: [bold]{bundle.path}[/]   contact sheet: [bold]{sheet}[/]")
@@ -115,18 +115,33 @@ def _hit(box: Box, record: NihRecord) -> bool:
     return any(box.finding == truth.finding and iobb(box, truth) >= HIT for truth in record.boxes)
 
 
-def _summary(bundle: Bundle, records: Sequence[NihRecord], predictions: Sequence[Prediction]) -> str:
-    labels = bundle.manifest.labels
-    positive = np.array([[label in record.labels for label in labels] for record in records], np.uint8)
+def _summary(labels: Sequence[str], records: Sequence[NihRecord], predictions: Sequence[Prediction]) -> Table:
+    """A row per planted finding: how many, AUROC, what was reported of them and beside them, and the boxes' hits."""
+    positive = np.array([[label in record.labels for label in labels] for record in records])  # (N, C)
     logits = np.array([[finding.logit for finding in prediction.findings] for prediction in predictions])
-    areas = [area for area in auroc_per_finding(positive, logits, labels).values() if area is not None]
-    pairs = [(box, record) for prediction, record in zip(predictions, records, strict=True) for box in prediction.boxes]
-    hits = sum(_hit(box, record) for box, record in pairs)
-    return (
-        f"{len(records)} phantoms the network never saw, {predictions[0].backend} {predictions[0].precision}: "
-        f"mean AUROC {np.mean(areas):.3f} over {len(areas)} planted findings, "
-        f"{hits} of {len(pairs)} boxes correct (IoBB >= {HIT})"
+    reported = np.array([[finding.reported for finding in prediction.findings] for prediction in predictions])
+    areas = auroc_per_finding(positive.astype(np.uint8), logits, labels)
+    hits: dict[str, list[bool]] = {label: [] for label in labels}
+    for record, prediction in zip(records, predictions, strict=True):
+        for box in prediction.boxes:
+            hits[box.finding].append(_hit(box, record))
+    executed = f"{predictions[0].backend} {predictions[0].precision}"
+    table = Table(
+        *("finding", "planted in", "AUROC", "reported there", "reported elsewhere", f"boxes with IoBB >= {HIT}"),
+        title=f"{len(records)} phantoms the network never saw, {executed}",
     )
+    for column, label in enumerate(labels):
+        area, here = areas[label], positive[:, column]
+        if area is None:
+            continue
+        found, elsewhere = reported[here, column].sum(), reported[~here, column].sum()
+        boxes = f"{sum(hits[label])} of {len(hits[label])}"
+        table.add_row(label, str(here.sum()), f"{area:.3f}", str(found), str(elsewhere), boxes)
+    every = [hit for each in hits.values() for hit in each]
+    mean = np.mean([area for area in areas.values() if area is not None])
+    table.add_section()
+    table.add_row("all", "", f"{mean:.3f} (mean)", "", "", f"{sum(every)} of {len(every)}")
+    return table
 
 
 def contact_sheet(records: Sequence[NihRecord], predictions: Sequence[Prediction], spec: PreprocessSpec) -> Image.Image:

@@ -4,8 +4,15 @@ Owns the recipe. `python -m thoraxrt.export.sample` makes `export/sample.safeten
 this code; the checkpoint is exported like any other (torchvision's names, three channels, ImageNet
 normalisation, the CheXNet geometry). It has seen drawings only and says nothing about any patient.
 
-Run with the default recipe on 2 cores of an AMD EPYC (Zen 5, shared with other work), torch 2.13: 165 s of
-drawing and 797 s of training. On 400 phantoms of the unseen seed: FIGURES
+The default recipe on 2 cores of an AMD EPYC (Zen 5) shared with other work, torch 2.13: about 165 s of drawing
+and 800 s of training. On 400 phantoms of the unseen seed, AUROC and how often the best box of a present finding
+hits (IoBB >= 0.25):
+
+    Atelectasis 1.000 0.92    Cardiomegaly 1.000 1.00    Effusion      1.000 0.75    Mass 1.000 0.98
+    Nodule      0.985 0.95    Pneumothorax 1.000 0.98    Consolidation 0.999 0.98    mean 0.998 0.94
+
+With the default `BoxSpec` instead of `SAMPLE_BOXES` the mean hit rate is 0.79 (Atelectasis 0.51, Nodule 0.49,
+Effusion 0.56). IoBB favours small boxes, so a higher threshold is bound to raise it.
 """
 
 from __future__ import annotations
@@ -54,7 +61,7 @@ TRAINING_SEED = 20171
 VALIDATION_SEED = 20172
 """Watched while the recipe was made."""
 UNSEEN_SEED = 20174
-"""Never used for any choice: what the published figures, tests and demonstrations are measured on."""
+"""First drawn when all choices had been made: what the published figures are measured on."""
 
 _RESIZED = 256
 _MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from thoraxrt.benchmarks.accuracy import auroc_per_finding, iobb, predictions_from_csv
+from thoraxrt.engine.bundle import Bundle
+from thoraxrt.engine.decode import Radiograph
+from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.errors import DatasetError
 from thoraxrt.export.nih import LABELS, NihBox, NihDataset
+from thoraxrt.export.phantoms import PLANTED, phantom
+from thoraxrt.export.sample import UNSEEN_SEED
 
 
 def box(x: float, y: float, width: float, height: float) -> NihBox:
@@ -30,6 +35,25 @@ def test_published_auroc_is_reproduced(nih: Path) -> None:
     assert set(found) == set(published)
     for finding, area in published.items():
         assert found[finding] == pytest.approx(area, abs=1e-9)
+
+
+def test_the_sample_network_finds_what_is_planted_in_phantoms_it_never_saw(sample_bundle: Bundle) -> None:
+    """The embedded default is good enough to test parity and localisation with."""
+    phantoms = [phantom(UNSEEN_SEED, index) for index in range(64)]
+    with Engine.open(sample_bundle, backend="onnxruntime") as engine:
+        predictions = [engine.predict_one(Radiograph.from_pixels(p.pixels)) for p in phantoms]
+    positive = np.array([[label in p.findings for label in LABELS] for p in phantoms], np.uint8)
+    logits = np.array([[finding.logit for finding in prediction.findings] for prediction in predictions])
+    areas = [area for area in auroc_per_finding(positive, logits, LABELS).values() if area is not None]
+    assert len(areas) == len(PLANTED)
+    assert np.mean(areas) > 0.9
+    hits = [
+        any(truth.finding == found.finding and iobb(found, truth) >= 0.25 for truth in p.boxes)
+        for p, prediction in zip(phantoms, predictions, strict=True)
+        for found in prediction.boxes
+    ]
+    assert len(hits) > 20
+    assert np.mean(hits) > 0.5
 
 
 def test_auroc_by_hand() -> None:
