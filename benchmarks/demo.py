@@ -25,7 +25,7 @@ from thoraxrt.export import Track
 from thoraxrt.export.bundle import ExportOptions, export_bundle
 from thoraxrt.export.nih import NihDataset, NihRecord
 from thoraxrt.export.phantoms import write_phantoms
-from thoraxrt.export.sample import SAMPLE_CHECKPOINT, UNSEEN_SEED
+from thoraxrt.export.sample import SAMPLE_BOXES, SAMPLE_CHECKPOINT, UNSEEN_SEED
 from thoraxrt.server.client import Client
 from thoraxrt.server.serve import running_server
 
@@ -52,7 +52,7 @@ def run_demo(out: Path, track: Track) -> None:
     bundle = export_bundle(
         SAMPLE_CHECKPOINT,
         out / "sample.bundle",
-        ExportOptions(operating_points=phantoms, images=phantoms / "images", replace=True),
+        ExportOptions(boxes=SAMPLE_BOXES, operating_points=phantoms, images=phantoms / "images", replace=True),
         track,
     )
     predictions = _ask_server(bundle, records, track)

@@ -62,7 +62,7 @@ def _measure(bundle: Bundle, name: str, precision: str, files: list[Path]) -> di
         backend.run(blank)
         runs = []
         for _ in range(_REPEATS):
-            decoding = _seconds(lambda: [future.result() for future in map(engine.submit, files)])
+            decoding = _seconds(lambda: [future.result() for future in [engine.submit(file) for file in files]])
             network = _seconds(lambda: [backend.run(blank) for _ in files])
             backend.busy_s = 0.0
             whole = _seconds(lambda: sum(1 for _ in engine.predict(files)))

@@ -28,10 +28,11 @@ def nih_images(nih: Path) -> list[Path]:
 @pytest.fixture(scope="session")
 def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The sample network's bundle, FP32 and FP16, with default operating points."""
-    from thoraxrt.export.bundle import export_bundle
-    from thoraxrt.export.sample import SAMPLE_CHECKPOINT
+    from thoraxrt.export.bundle import ExportOptions, export_bundle
+    from thoraxrt.export.sample import SAMPLE_BOXES, SAMPLE_CHECKPOINT
 
-    return export_bundle(SAMPLE_CHECKPOINT, tmp_path_factory.mktemp("sample") / "sample.bundle")
+    out = tmp_path_factory.mktemp("sample") / "sample.bundle"
+    return export_bundle(SAMPLE_CHECKPOINT, out, ExportOptions(boxes=SAMPLE_BOXES))
 
 
 @pytest.fixture(scope="session")
