@@ -1,4 +1,4 @@
-"""Accuracy against labels and boxes: AUROC per finding, and hits by IoBB.
+"""Accuracy against labels: AUROC per finding.
 
 Owns the joining of predictions with a data set; the metrics' arithmetic is scikit-learn's where it has any.
 """
@@ -13,17 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
-from thoraxrt.engine.boxes import Rectangle
 from thoraxrt.engine.errors import DatasetError
 
-__all__ = ["auroc_per_finding", "iobb", "predictions_from_csv"]
-
-
-def iobb(detected: Rectangle, annotated: Rectangle) -> float:
-    """Intersection over the *detected* box's area, 0..1 (Wang et al., arXiv 1705.02315, section 4.3)."""
-    width = min(detected.x + detected.width, annotated.x + annotated.width) - max(detected.x, annotated.x)
-    height = min(detected.y + detected.height, annotated.y + annotated.height) - max(detected.y, annotated.y)
-    return max(width, 0.0) * max(height, 0.0) / (detected.width * detected.height)
+__all__ = ["auroc_per_finding", "predictions_from_csv"]
 
 
 def auroc_per_finding(

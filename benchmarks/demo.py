@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from thoraxrt.benchmarks.accuracy import auroc_per_finding, iobb
-from thoraxrt.engine.boxes import Box
+from thoraxrt.benchmarks.accuracy import auroc_per_finding
+from thoraxrt.engine.boxes import Box, iobb
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import decode
-from thoraxrt.engine.engine import Engine, Prediction
+from thoraxrt.engine.engine import Engine, Prediction, read_image
 from thoraxrt.engine.errors import ThoraxrtError
 from thoraxrt.engine.overlay import CORRECT, FALSE_POSITIVE, GROUND_TRUTH, draw_box, heat, radiograph_image
 from thoraxrt.engine.preprocess import PreprocessSpec
@@ -45,7 +45,7 @@ def run_demo(out: Path, track: Track) -> None:
     Phantoms already in it are used again: the same seed makes the same ones.
     """
     console = Console()
-    phantoms = out / "phantoms"
+    phantoms = out / f"phantoms-{UNSEEN_SEED}"
     if not phantoms.exists():
         write_phantoms(phantoms, _PHANTOMS, UNSEEN_SEED, track)
     records = NihDataset.open(phantoms).split("test").present().records
@@ -149,7 +149,7 @@ def contact_sheet(records: Sequence[NihRecord], predictions: Sequence[Prediction
     sheet = Image.new("RGB", (3 * _PANEL, len(records) * (_PANEL + _CAPTION)), (16, 16, 16))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for row, (record, prediction) in enumerate(zip(records, predictions, strict=True)):
-        radiograph = decode(_path(record).read_bytes())
+        radiograph = decode(read_image(_path(record)))
         reported = [finding for finding in prediction.findings if finding.reported]
         boxed = radiograph_image(radiograph)
         for truth in record.boxes:

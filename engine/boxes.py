@@ -24,6 +24,7 @@ __all__ = [
     "Rectangle",
     "Region",
     "boxes_from_cam",
+    "iobb",
     "regions_from_cam",
     "sort_boxes",
     "upsample",
@@ -206,3 +207,10 @@ def boxes_from_cam(
 def sort_boxes(boxes: list[Box]) -> list[Box]:
     """Boxes by score, highest first, then by y, then by x; equal ones stay in label order."""
     return sorted(boxes, key=lambda box: (-box.score, box.y, box.x))
+
+
+def iobb(detected: Rectangle, annotated: Rectangle) -> float:
+    """Intersection over the *detected* box's area, 0..1 (Wang et al., arXiv 1705.02315, section 4.3)."""
+    width = min(detected.x + detected.width, annotated.x + annotated.width) - max(detected.x, annotated.x)
+    height = min(detected.y + detected.height, annotated.y + annotated.height) - max(detected.y, annotated.y)
+    return max(width, 0.0) * max(height, 0.0) / (detected.width * detected.height)

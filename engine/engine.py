@@ -26,7 +26,7 @@ from thoraxrt.engine.errors import BackendError, ImageError, ImageFormatError, R
 from thoraxrt.engine.postprocess import Finding, findings_from_logits
 from thoraxrt.engine.preprocess import network_input
 
-__all__ = ["Engine", "Prediction", "Source", "read_image"]
+__all__ = ["Engine", "Prediction", "Source", "image_files", "read_image"]
 
 Source = bytes | str | Path | Radiograph
 """An image: encoded bytes, a file's path, or a radiograph already decoded."""
@@ -240,6 +240,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The PNG, JPEG and DICOM files in a folder and those below it, by their suffix, sorted."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".dcm"))
 
 
 def read_image(path: Path) -> bytes:

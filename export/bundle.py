@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import itertools
 import os
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ import thoraxrt
 from thoraxrt.engine.boxes import BoxSpec
 from thoraxrt.engine.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Check, FileEntry, Manifest, Network
 from thoraxrt.engine.decode import decode
+from thoraxrt.engine.engine import image_files, read_image
 from thoraxrt.engine.errors import BundleError, CheckpointError, DatasetError, RequestError
 from thoraxrt.engine.postprocess import OperatingPoint
 from thoraxrt.engine.preprocess import PreprocessSpec, Shorter, network_input
@@ -147,15 +147,14 @@ def _labels(options: ExportOptions, classes: int) -> tuple[str, ...]:
 
 def _graphs(served: ServedNetwork, options: ExportOptions, track: Track) -> dict[str, bytes]:
     """Each precision's serialised ONNX."""
-    graphs: dict[str, bytes] = {}
-    model = onnx.ModelProto()
-    for precision in track(PRECISIONS, "Exporting graphs", len(PRECISIONS)):
+    wanted = [precision for precision in PRECISIONS if precision in options.precisions]  # fp32 first, always
+    models: dict[str, onnx.ModelProto] = {}
+    for precision in track(wanted, "Exporting graphs", len(wanted)):
         if precision == "fp32":
-            model = onnx_from_network(served, options.preprocess.input_size)
-            graphs["fp32"] = model.SerializeToString(deterministic=True)
-        elif precision in options.precisions:
-            graphs["fp16"] = fp16_from_fp32(model).SerializeToString(deterministic=True)
-    return graphs
+            models[precision] = onnx_from_network(served, options.preprocess.input_size)
+        else:
+            models[precision] = fp16_from_fp32(models["fp32"])
+    return {precision: model.SerializeToString(deterministic=True) for precision, model in models.items()}
 
 
 def _check(
@@ -189,12 +188,10 @@ def _check_inputs(options: ExportOptions) -> tuple[str, list[npt.NDArray[np.uint
     if options.images is None:
         pixels = [phantom(_CHECK_SEED, index).pixels for index in range(_CHECK_IMAGES)]
         return f"{len(pixels)} phantoms", [network_input(p, options.preprocess) for p in pixels]
-    paths = itertools.islice(
-        sorted(p for p in options.images.rglob("*") if p.suffix in (".png", ".jpg", ".dcm")), _CHECK_IMAGES
-    )
-    inputs = [network_input(decode(path.read_bytes()).pixels, options.preprocess) for path in paths]
+    paths = image_files(options.images)[:_CHECK_IMAGES]
+    inputs = [network_input(decode(read_image(path)).pixels, options.preprocess) for path in paths]
     if not inputs:
-        raise DatasetError(f"{options.images} holds no .png, .jpg or .dcm file to check the graphs on")
+        raise DatasetError(f"{options.images} holds no PNG, JPEG or DICOM file to check the graphs on")
     return f"{len(inputs)} radiographs of {options.images.name}", inputs
 
 

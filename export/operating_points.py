@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sklearn.metrics import roc_curve
 
 from thoraxrt.engine.decode import decode
+from thoraxrt.engine.engine import read_image
 from thoraxrt.engine.errors import DatasetError
 from thoraxrt.engine.postprocess import OperatingPoint, activate
 from thoraxrt.engine.preprocess import PreprocessSpec, network_input
@@ -57,7 +58,7 @@ def operating_points_from_folder(
     session = session_from_graph(graph)
     logits = np.concatenate(
         [
-            session.run(["logits"], {"image": network_input(decode(path.read_bytes()).pixels, spec)[np.newaxis]})[0]
+            session.run(["logits"], {"image": network_input(decode(read_image(path)).pixels, spec)[np.newaxis]})[0]
             for path in track(paths, "Choosing operating points", len(paths))
         ]
     )  # (N, C)

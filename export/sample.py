@@ -21,7 +21,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,22 +29,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from safetensors.torch import save
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from thoraxrt.engine.boxes import Box, BoxSpec, boxes_from_cam
-from thoraxrt.engine.preprocess import PreprocessSpec, Shorter
+from thoraxrt.engine.boxes import BoxSpec, boxes_from_cam, iobb
+from thoraxrt.engine.preprocess import Exact, PreprocessSpec, network_input
+from thoraxrt.export.bundle import CHEXNET
+from thoraxrt.export.graph import IMAGENET
 from thoraxrt.export.networks import CxrNetwork, DenseNet
-from thoraxrt.export.nih import LABELS
+from thoraxrt.export.nih import LABELS, NihBox
 from thoraxrt.export.phantoms import PLANTED, SIDE, phantom
 
 __all__ = [
     "SAMPLE_BOXES",
     "SAMPLE_CHECKPOINT",
-    "SAMPLE_PREPROCESS",
     "TRAINING_SEED",
     "UNSEEN_SEED",
     "VALIDATION_SEED",
@@ -53,7 +53,6 @@ __all__ = [
 ]
 
 SAMPLE_CHECKPOINT = Path(__file__).with_name("sample.safetensors")
-SAMPLE_PREPROCESS = PreprocessSpec(resize=Shorter(pixels=256), crop=224)
 SAMPLE_BOXES = BoxSpec(per_finding={"Atelectasis": 0.9, "Effusion": 0.9, "Nodule": 0.9})
 """Chosen on the validation phantoms: these findings are thinner than a CAM cell, so their regions are cut higher."""
 
@@ -64,8 +63,8 @@ UNSEEN_SEED = 20174
 """First drawn when all choices had been made: what the published figures are measured on."""
 
 _RESIZED = 256
-_MEAN = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
-_STD = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+_UNCROPPED = PreprocessSpec(resize=Exact(width=_RESIZED, height=_RESIZED))
+_MEAN, _STD = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET.mean, IMAGENET.std))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +130,8 @@ def _drawn(
     seed: int, index: int
 ) -> tuple[npt.NDArray[np.uint8], tuple[str, ...], list[tuple[float, float, float, float, float]]]:
     made = phantom(seed, index)
-    resized = Image.fromarray(made.pixels).resize((_RESIZED, _RESIZED), Image.Resampling.BILINEAR)
     boxes = [(float(LABELS.index(box.finding)), box.x, box.y, box.width, box.height) for box in made.boxes]
-    return np.asarray(resized), made.findings, boxes
+    return network_input(made.pixels, _UNCROPPED)[0], made.findings, boxes
 
 
 def _normalised(pixels: Tensor) -> Tensor:
@@ -202,7 +200,7 @@ def _misplaced(cam: Tensor, places: Tensor) -> Tensor:
 
 def _batches(data: _Phantoms, recipe: Recipe, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Pixels `(N, 1, 224, 224)`, labels `(N, 14)` and the boxes' cells `(N, 14, 14, 14)`, shifted and re-exposed."""
-    size, margin = SAMPLE_PREPROCESS.input_size, (_RESIZED - SAMPLE_PREPROCESS.input_size) // 2
+    size, margin = CHEXNET.input_size, (_RESIZED - CHEXNET.input_size) // 2
     order = rng.permutation(len(data.pixels))
     for start in range(0, len(order) - recipe.batch + 1, recipe.batch):
         rows = order[start : start + recipe.batch]
@@ -263,7 +261,7 @@ def _evaluate(network: CxrNetwork, data: _Phantoms) -> tuple[dict[str, float], d
 def _outputs(network: CxrNetwork, data: _Phantoms) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Logits `(N, 14)` and CAMs `(N, 14, 14, 14)` of the centre crops."""
     network.eval()
-    crop = slice(16, 16 + SAMPLE_PREPROCESS.input_size)
+    crop = slice(16, 16 + CHEXNET.input_size)
     logits, cams = [], []
     for start in range(0, len(data.pixels), 50):
         pixels = torch.from_numpy(data.pixels[start : start + 50, np.newaxis, crop, crop].astype(np.float32))
@@ -274,18 +272,16 @@ def _outputs(network: CxrNetwork, data: _Phantoms) -> tuple[npt.NDArray[np.float
 
 
 def _hit(cam: npt.NDArray[np.float32], finding: str, bias: float, row: int, data: _Phantoms) -> bool:
-    geometry = SAMPLE_PREPROCESS.geometry(SIDE, SIDE)
+    geometry = CHEXNET.geometry(SIDE, SIDE)
     found = boxes_from_cam(cam, finding=finding, bias=bias, spec=SAMPLE_BOXES, geometry=geometry)
     mine = (data.boxes[:, 0] == row) & (data.boxes[:, 1] == LABELS.index(finding))
-    return bool(found) and any(_iobb(found[0], truth[2:]) >= 0.25 for truth in data.boxes[mine])
+    return bool(found) and any(iobb(found[0], _annotation(finding, truth)) >= 0.25 for truth in data.boxes[mine])
 
 
-def _iobb(box: Box, truth: Sequence[float] | npt.NDArray[np.float32]) -> float:
-    """Intersection over the detected box."""
-    x, y, width, height = truth
-    across = min(box.x + box.width, x + width) - max(box.x, x)
-    down = min(box.y + box.height, y + height) - max(box.y, y)
-    return float(max(across, 0.0) * max(down, 0.0) / (box.width * box.height))
+def _annotation(finding: str, row: npt.NDArray[np.float32]) -> NihBox:
+    """A row of `_Phantoms.boxes` as an annotation."""
+    x, y, width, height = row[2:].tolist()
+    return NihBox(finding=finding, x=x, y=y, width=width, height=height)
 
 
 def _summary(aurocs: dict[str, float], hits: dict[str, float]) -> str:

@@ -98,6 +98,29 @@ def test_a_folder_stands_for_its_images_and_overlays_are_written(
             assert picture.size == (1024, 1024)
 
 
+def test_file_names_are_shown_as_they_are_and_overlays_never_overwrite(
+    sample_bundle: Bundle, images: list[Path], tmp_path: Path
+) -> None:
+    folders = [tmp_path / "[red]a", tmp_path / "b"]
+    for folder, image in zip(folders, images, strict=True):
+        folder.mkdir()
+        (folder / "[bold]x.png").write_bytes(image.read_bytes())
+        (folder / "[nonsense].png").write_bytes(b"not an image")
+    result = thoraxrt("predict", sample_bundle.path, *folders, "--overlay", tmp_path / "out", status=1)
+    assert "[bold]x.png" in result.stdout
+    assert "[nonsense].png" in result.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"[bold]x.overlay.png", "[bold]x-2.overlay.png"}
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_status_2(
+    sample_bundle: Bundle, images: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = thoraxrt("predict", sample_bundle.path, images[0], "--overlay", tmp_path / "file", status=2)
+    (line,) = result.stderr.splitlines()
+    assert "File exists" in line
+
+
 def test_info_says_what_is_there_and_what_runs(sample_bundle: Bundle) -> None:
     text = thoraxrt("info", sample_bundle.path).stdout
     assert sample_bundle.sha256 in text.replace("\n", "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -56,6 +57,8 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone, `| head` say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk under --overlay, say
+        sys.exit(_complain(f"{error.filename or 'a file'}: {error.strerror}"))
 
 
 def _complain(message: str) -> int:
@@ -217,11 +220,13 @@ def predict(
 
 def _images(arguments: list[str]) -> list[str]:
     """The images named, each folder replaced by the images in it, sorted."""
+    from thoraxrt.engine.engine import image_files
+
     images: list[str] = []
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            images += sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".dcm"))
+            images += map(str, image_files(path))
         else:
             images.append(argument)
     if not images:
@@ -237,9 +242,9 @@ def _ask_engine(
 
     with Engine.open(bundle, backend=backend, precision=precision, batch=batch) as engine:
         answers = engine.predict((Path(image) for image in images), cam=overlay is not None)
-        for image, answer in zip(images, answers, strict=True):
-            if overlay and not isinstance(answer, ThoraxrtError):
-                render_overlay(answer, engine.manifest.preprocess).save(_overlay_path(overlay, image))
+        for path, answer in zip(_overlay_paths(overlay, images), answers, strict=True):
+            if path and not isinstance(answer, ThoraxrtError):
+                render_overlay(answer, engine.manifest.preprocess).save(path)
             yield answer
 
 
@@ -252,17 +257,22 @@ def _ask_server(
         raise RequestError("--backend and --precision are the server's to choose: give them to `thoraxrt serve`")
     with Client(address) as client:
         replies = client.predict_many((Path(image) for image in images), overlay=overlay is not None)
-        for image, reply in zip(images, replies, strict=True):
+        for path, reply in zip(_overlay_paths(overlay, images), replies, strict=True):
             if isinstance(reply, ThoraxrtError):
                 yield reply
                 continue
-            if overlay and reply.overlay_png is not None:
-                _overlay_path(overlay, image).write_bytes(reply.overlay_png)
+            if path and reply.overlay_png is not None:
+                path.write_bytes(reply.overlay_png)
             yield reply.prediction
 
 
-def _overlay_path(folder: Path, image: str) -> Path:
-    return folder / f"{Path(image).stem}.overlay.png"
+def _overlay_paths(folder: Path | None, images: list[str]) -> Iterator[Path | None]:
+    """Where each image's overlay goes, if anywhere; images of one name in several folders are numbered."""
+    seen: Counter[str] = Counter()
+    for stem in (Path(image).stem for image in images):
+        seen[stem] += 1
+        again = f"-{seen[stem]}" if seen[stem] > 1 else ""
+        yield folder / f"{stem}{again}.overlay.png" if folder else None
 
 
 class _Table:
@@ -276,9 +286,11 @@ class _Table:
 
     def add(self, image: str, answer: Prediction | ThoraxrtError) -> None:
         """One image's rows."""
-        name = Path(image).name
+        from rich.markup import escape
+
+        name = escape(Path(image).name)
         if isinstance(answer, ThoraxrtError):
-            self._table.add_row(name, "[red]error", "", str(answer))
+            self._table.add_row(name, "[red]error", "", escape(str(answer)))
             return
         self._executed.add(f"{answer.backend} {answer.precision}")
         reported = [finding for finding in answer.findings if finding.reported]

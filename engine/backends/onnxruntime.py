@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxRuntimeBackend", "open", "precisions"]
 
+_BUILDS = ("onnxruntime", "onnxruntime-gpu")  # both bring a module named onnxruntime
 _NO_HALF = (
     "ONNX Runtime's CPU provider has no {0} convolutions: it would run fp32 arithmetic on {0} weights; "
     "use --precision fp32, or another backend"
@@ -71,4 +73,9 @@ def _import() -> Any:
         import onnxruntime
     except ImportError as error:
         raise BackendUnavailableError("onnxruntime is not installed: pip install 'thoraxrt[cpu]'") from error
+    if len(builds := [name for name in _BUILDS if any(distributions(name=name))]) > 1:
+        raise BackendUnavailableError(
+            f"{' and '.join(builds)} are both installed and overwrite each other's module; "
+            f"uninstall both, then install one: pip uninstall {' '.join(builds)}"
+        )
     return onnxruntime

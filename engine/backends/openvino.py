@@ -23,7 +23,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 
 def precisions() -> Mapping[str, str | None]:
     """See `thoraxrt.engine.backends.BackendModule`."""
-    capabilities = _core(_import()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = _import().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {
         precision: None if precision.upper() in capabilities else f"this CPU has no {precision} for OpenVINO"
         for precision in _HINTS
@@ -42,7 +42,7 @@ class OpenVinoBackend:
 
     def __init__(self, graph: bytes, precision: str) -> None:
         self.precision = precision
-        core = _core(_import())
+        core = _import().Core()
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[precision]}
         try:
             model = core.read_model(model=graph)
@@ -76,7 +76,3 @@ def _import() -> Any:
     except ImportError as error:
         raise BackendUnavailableError("openvino is not installed: pip install 'thoraxrt[cpu]'") from error
     return openvino
-
-
-def _core(runtime: Any) -> Any:
-    return runtime.Core()

@@ -24,15 +24,7 @@ from thoraxrt.engine import decode as module
 from thoraxrt.engine.decode import DecodeLimits, Provenance, Radiograph, ThreadDecoder, decode, table_from_png16
 from thoraxrt.engine.errors import ImageContentError, ImageError, ImageFormatError, ImageLimitError
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "nih"
 Bytes = npt.NDArray[np.uint8]
-
-
-@pytest.fixture(scope="module")
-def real() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip("no ../shared/nih here")
-    return SHARED
 
 
 def picture(height: int = 40, width: int = 48, seed: int = 0) -> Bytes:
@@ -278,8 +270,8 @@ def test_png_path_does_not_import_pydicom() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_real_pngs_equal_pillow(real: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    files = sorted((real / "images").glob("*.png"))
+def test_real_pngs_equal_pillow(nih: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    files = sorted((nih / "images").glob("*.png"))
     colour = [f for f in files if f.read_bytes()[25] == 6]
     assert len(colour) >= 5
     for file in [*colour, *files[::20]]:

@@ -41,15 +41,7 @@ from thoraxrt.engine.decode import DecodeLimits, decode
 from thoraxrt.engine.dicom import table_from_dicom
 from thoraxrt.engine.errors import ImageContentError, ImageError, ImageFormatError, ImageLimitError
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "nih"
 Bytes = npt.NDArray[np.uint8]
-
-
-@pytest.fixture(scope="module")
-def real() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip("no ../shared/nih here")
-    return SHARED
 
 
 def picture(height: int = 40, width: int = 48, seed: int = 0) -> Bytes:
@@ -457,10 +449,10 @@ def test_odd_values_do_not_warn(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_real_dicoms_of_one_image_are_one_image(real: Path) -> None:
-    chest = decode((real / "images" / "00000002_000.png").read_bytes()).pixels
+def test_real_dicoms_of_one_image_are_one_image(nih: Path) -> None:
+    chest = decode((nih / "images" / "00000002_000.png").read_bytes()).pixels
     film: Bytes | None = None
-    files = sorted((real / "dicom").glob("*.dcm"))
+    files = sorted((nih / "dicom").glob("*.dcm"))
     assert len(files) >= 13
     for file in files:
         r = decode(file.read_bytes())

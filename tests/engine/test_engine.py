@@ -233,3 +233,13 @@ def test_the_engine_runs_without_torch_onnx_and_grpc(
     Image.fromarray(radiographs[0].pixels).save(tmp_path / "a.png")
     command = [sys.executable, "-c", WITHOUT_TORCH, str(sample_bundle.path), str(tmp_path / "a.png")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "14\n"
+
+
+def test_two_builds_of_onnxruntime_are_detected(
+    sample_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime_gpu-1.99.dist-info").mkdir()
+    (tmp_path / "onnxruntime_gpu-1.99.dist-info" / "METADATA").write_text("Name: onnxruntime-gpu\nVersion: 1.99\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendUnavailableError, match="onnxruntime and onnxruntime-gpu are both installed"):
+        Engine.open(sample_bundle, backend="onnxruntime")
