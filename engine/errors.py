@@ -6,6 +6,7 @@
     │   ├── ImageLimitError          too many bytes or pixels, or a shape no radiograph has
     │   └── ImageContentError        readable, but not one frontal grayscale radiograph
     ├── BundleError                  the bundle is missing, damaged, or of another schema
+    │   └── SignatureError           no trusted key vouches for it, or a key cannot be used
     ├── CheckpointError              the checkpoint cannot be read or fits no known network
     ├── DatasetError                 a data set folder does not hold what its layout promises
     ├── BackendError                 inference failed, or the runtime broke
@@ -30,6 +31,7 @@ __all__ = [
     "ImageLimitError",
     "RequestError",
     "ServerError",
+    "SignatureError",
     "ThoraxrtError",
 ]
 
@@ -56,6 +58,10 @@ class ImageContentError(ImageError):
 
 class BundleError(ThoraxrtError):
     """The bundle is missing, damaged, or written for another schema version."""
+
+
+class SignatureError(BundleError):
+    """No trusted key signed this bundle or plan, or a key cannot be used."""
 
 
 class CheckpointError(ThoraxrtError):
