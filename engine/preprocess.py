@@ -55,16 +55,19 @@ class Shorter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class PreprocessSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The geometry a network was validated with: Pillow's bilinear resize, then a centre crop.
 
-    `crop` is the side of the centre crop in pixels of the resized image, or None for no crop.
-    The result is square (`input_size` a side).
+    `square` cuts the source to its centre square before the resize, as TorchXRayVision's
+    transforms do. `crop` is the side of the centre crop in pixels of the resized image, or None
+    for no crop. The result is square (`input_size` a side).
 
-    Example: `PreprocessSpec(resize=Shorter(pixels=256), crop=224)` is the CheXNet recipe.
+    Example: `PreprocessSpec(resize=Shorter(pixels=256), crop=224)` is the CheXNet recipe,
+    `PreprocessSpec(square=True, resize=Exact(width=224, height=224))` TorchXRayVision's.
 
     Raises ValueError where the result would not be square.
     """
 
     resize: Exact | Shorter
     crop: int | None = None
+    square: bool = False
     filter: Literal["pillow-bilinear"] = "pillow-bilinear"
 
     def __post_init__(self) -> None:
@@ -89,7 +92,9 @@ class PreprocessSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Raises ImageLimitError where the resized image would exceed 64 times the network's
         input, as only a sliver of an image would.
         """
-        resized_width, resized_height = self.resize.size(width, height)
+        side = min(width, height)
+        source_width, source_height = (side, side) if self.square else (width, height)
+        resized_width, resized_height = self.resize.size(source_width, source_height)
         size = self.input_size
         if resized_width * resized_height > 64 * size * size:
             raise ImageLimitError(
@@ -98,6 +103,11 @@ class PreprocessSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return Geometry(
             width=width,
             height=height,
+            # TorchXRayVision's XRayCenterCrop floors both halves: (w - side) // 2 differs for odd sides.
+            source_left=width // 2 - source_width // 2,
+            source_top=height // 2 - source_height // 2,
+            source_width=source_width,
+            source_height=source_height,
             resized_width=resized_width,
             resized_height=resized_height,
             left=round((resized_width - size) / 2),  # torchvision center_crop: round half to even
@@ -109,12 +119,19 @@ class PreprocessSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class Geometry(msgspec.Struct, frozen=True, kw_only=True):
     """One source size through one `PreprocessSpec`: sizes in pixels, and the map back.
 
+    `source_left`, `source_top`, `source_width` and `source_height` are the part of the source
+    that is resized; `left`, `top` and `size` the part of the resized image that is the input.
+
     Coordinates are continuous, x to the right and y down, with the origin at the top left corner
     of the top left pixel, so that the centre of the pixel in column i is at x = i + 0.5.
     """
 
     width: int
     height: int
+    source_left: int
+    source_top: int
+    source_width: int
+    source_height: int
     resized_width: int
     resized_height: int
     left: int
@@ -123,15 +140,15 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
 
     def source_x(self, x: float) -> float:
         """The source's x for a network input x in 0..size."""
-        return (x + self.left) * self.width / self.resized_width
+        return self.source_left + (x + self.left) * self.source_width / self.resized_width
 
     def source_y(self, y: float) -> float:
         """The source's y for a network input y in 0..size."""
-        return (y + self.top) * self.height / self.resized_height
+        return self.source_top + (y + self.top) * self.source_height / self.resized_height
 
 
 def network_input(pixels: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
-    """The network's input for one radiograph: Pillow's bilinear resize, then the centre crop.
+    """The network's input for one radiograph: the square if asked for, Pillow's resize, the centre crop.
 
     `pixels` is uint8 `(H, W)`, 0 black to 255 white; the result uint8 `(1, S, S)`, same range.
     Raises ImageLimitError for a sliver (see `PreprocessSpec.geometry`).
@@ -142,7 +159,8 @@ def network_input(pixels: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.ND
     """
     height, width = pixels.shape
     g = spec.geometry(width, height)
-    rows = Image.fromarray(pixels).resize((g.resized_width, height), Image.Resampling.BILINEAR)
+    source = pixels[g.source_top : g.source_top + g.source_height, g.source_left : g.source_left + g.source_width]
+    rows = Image.fromarray(source).resize((g.resized_width, g.source_height), Image.Resampling.BILINEAR)
     resized = rows.resize((g.resized_width, g.resized_height), Image.Resampling.BILINEAR)
     cropped = resized.crop((g.left, g.top, g.left + g.size, g.top + g.size))
     return np.asarray(cropped)[np.newaxis]  # (1, S, S)

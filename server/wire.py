@@ -195,7 +195,7 @@ def model_from_message(message: pb.GetModelResponse) -> Model:
 
 
 def _message_from_preprocess(spec: PreprocessSpec) -> pb.Preprocess:
-    message = pb.Preprocess(crop=spec.crop, filter=spec.filter, input_size=spec.input_size)
+    message = pb.Preprocess(crop=spec.crop, filter=spec.filter, input_size=spec.input_size, square=spec.square)
     match spec.resize:
         case Exact(width=width, height=height):
             message.exact.CopyFrom(pb.ExactSize(width=width, height=height))
@@ -212,7 +212,12 @@ def _preprocess_from_message(message: pb.Preprocess) -> PreprocessSpec:
             resize = Shorter(pixels=message.shorter)
         case _:
             raise ValueError("the resize is of a kind that this version does not know; update thoraxrt")
-    fields = {"resize": resize, "crop": message.crop if message.HasField("crop") else None, "filter": message.filter}
+    fields = {
+        "resize": resize,
+        "crop": message.crop if message.HasField("crop") else None,
+        "square": message.square,
+        "filter": message.filter,
+    }
     return msgspec.convert(fields, PreprocessSpec)
 
 

@@ -169,18 +169,20 @@ class Network(_message.Message):
     def __init__(self, name: _Optional[str] = ..., cam_height: _Optional[int] = ..., cam_width: _Optional[int] = ..., bias: _Optional[_Iterable[float]] = ..., checkpoint_sha256: _Optional[str] = ...) -> None: ...
 
 class Preprocess(_message.Message):
-    __slots__ = ("exact", "shorter", "crop", "filter", "input_size")
+    __slots__ = ("exact", "shorter", "crop", "filter", "input_size", "square")
     EXACT_FIELD_NUMBER: _ClassVar[int]
     SHORTER_FIELD_NUMBER: _ClassVar[int]
     CROP_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
     INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SQUARE_FIELD_NUMBER: _ClassVar[int]
     exact: ExactSize
     shorter: int
     crop: int
     filter: str
     input_size: int
-    def __init__(self, exact: _Optional[_Union[ExactSize, _Mapping]] = ..., shorter: _Optional[int] = ..., crop: _Optional[int] = ..., filter: _Optional[str] = ..., input_size: _Optional[int] = ...) -> None: ...
+    square: bool
+    def __init__(self, exact: _Optional[_Union[ExactSize, _Mapping]] = ..., shorter: _Optional[int] = ..., crop: _Optional[int] = ..., filter: _Optional[str] = ..., input_size: _Optional[int] = ..., square: bool = ...) -> None: ...
 
 class ExactSize(_message.Message):
     __slots__ = ("width", "height")

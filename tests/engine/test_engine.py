@@ -15,9 +15,9 @@ from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Radiograph, ThreadDecoder, decode
 from thoraxrt.engine.engine import Engine, Prediction
 from thoraxrt.engine.errors import BackendError, BackendUnavailableError, ImageError, RequestError
-from thoraxrt.engine.overlay import render_overlay
-from thoraxrt.engine.postprocess import activate
-from thoraxrt.engine.preprocess import network_input
+from thoraxrt.engine.overlay import heat, render_overlay
+from thoraxrt.engine.postprocess import Finding, activate
+from thoraxrt.engine.preprocess import Exact, PreprocessSpec, network_input
 from thoraxrt.export.phantoms import phantom
 
 
@@ -175,6 +175,24 @@ def test_an_overlay_shows_boxes_and_heat(sample_bundle: Bundle, radiographs: lis
     edge = channels[round(box.y + box.height / 2), round(box.x) : round(box.x) + 4]
     assert (np.ptp(edge.astype(int), axis=-1) > 150).any()  # a bright colour on gray
     assert (channels[..., 0].astype(int) - channels[..., 2] > 40).sum() > 1000  # warm colours
+
+
+def test_heat_covers_what_the_network_saw_and_no_more() -> None:
+    radiograph = Radiograph.from_pixels(np.full((100, 300), 64, np.uint8))
+    cam = np.ones((1, 4, 4), np.float32)
+    cam[0, 0, 0] = 0  # a flat map has no heat
+    prediction = Prediction(
+        width=300,
+        height=100,
+        precision="fp32",
+        backend="onnxruntime",
+        findings=(Finding(finding="Mass", probability=0.9, logit=2.2, reported=True),),
+        boxes=(),
+        cam=cam,
+    )
+    spec = PreprocessSpec(resize=Exact(width=64, height=64), square=True)
+    warm = (np.asarray(heat(radiograph, prediction, spec, ["Mass"])) != 64).any(axis=(0, 2))
+    assert np.flatnonzero(warm)[[0, -1]].tolist() == [100, 199]  # the middle third
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

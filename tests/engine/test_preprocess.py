@@ -92,6 +92,47 @@ def test_coordinates_map_back_to_the_source() -> None:
     assert (geometry.source_x(224), geometry.source_y(224)) == (1472.0, 960.0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([None, 50]), st.integers(0, 2**32 - 1))
+def test_the_square_is_cut_from_the_source_before_the_resize(
+    width: int, height: int, crop: int | None, seed: int
+) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width), np.uint8)
+    side = min(width, height)
+    left, top = math.floor(width / 2) - math.floor(side / 2), math.floor(height / 2) - math.floor(side / 2)
+    square = Image.fromarray(pixels[top : top + side, left : left + side]).resize((64, 64), Image.Resampling.BILINEAR)
+    margin = (64 - (crop or 64)) // 2
+    spec = PreprocessSpec(resize=Exact(width=64, height=64), crop=crop, square=True)
+    expected = np.asarray(square.crop((margin, margin, 64 - margin, 64 - margin)))
+    np.testing.assert_array_equal(network_input(pixels, spec)[0], expected)
+
+
+def test_an_odd_side_starts_where_torchxrayvision_starts_it() -> None:
+    spec = PreprocessSpec(resize=Exact(width=5, height=5), square=True)
+    pixels = np.repeat(np.arange(8, dtype=np.uint8)[np.newaxis], 5, axis=0)
+    assert network_input(pixels, spec)[0, 0].tolist() == [2, 3, 4, 5, 6]  # 8 // 2 - 5 // 2, not (8 - 5) // 2
+
+
+def test_coordinates_of_a_square_map_back_to_the_whole_source() -> None:
+    spec = PreprocessSpec(resize=Exact(width=256, height=256), crop=224, square=True)
+    geometry = spec.geometry(2048, 1024)  # a square at (512, 0), 4 source pixels each, crop at (16, 16)
+    assert (geometry.source_x(0), geometry.source_y(0)) == (576.0, 64.0)
+    assert (geometry.source_x(224), geometry.source_y(224)) == (1472.0, 960.0)
+    assert spec.geometry(1024, 2048).source_y(0) == 576.0
+
+
+@pytest.mark.parametrize(("x", "y"), [(600, 40), (900, 500), (1450, 980)])
+def test_what_the_network_sees_maps_back_to_where_it_is(x: int, y: int) -> None:
+    """A bright spot planted in the source is found there through the square, the resize and the map back."""
+    pixels = np.zeros((1024, 2048), np.uint8)
+    pixels[y - 8 : y + 8, x - 8 : x + 8] = 255
+    spec = PreprocessSpec(resize=Exact(width=256, height=256), square=True)
+    row, column = np.unravel_index(np.argmax(network_input(pixels, spec)[0]), (256, 256))
+    geometry = spec.geometry(2048, 1024)
+    assert geometry.source_x(float(column) + 0.5) == pytest.approx(x, abs=8)
+    assert geometry.source_y(float(row) + 0.5) == pytest.approx(y, abs=8)
+
+
 def test_slivers_are_refused() -> None:
     with pytest.raises(ImageLimitError, match=r"40 x 90000"):
         CHEXNET.geometry(40, 90000)

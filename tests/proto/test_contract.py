@@ -79,6 +79,7 @@ Preprocess.shorter = 2: uint32 in resize
 Preprocess.crop = 3: optional uint32
 Preprocess.filter = 4: string
 Preprocess.input_size = 5: uint32
+Preprocess.square = 6: bool
 ExactSize.width = 1: uint32
 ExactSize.height = 2: uint32
 BoxSpec.threshold = 1: double

@@ -30,6 +30,7 @@ def model(tiny_bundle):
         PreprocessSpec(resize=Shorter(pixels=256), crop=224),
         PreprocessSpec(resize=Exact(width=512, height=512)),
         PreprocessSpec(resize=Exact(width=300, height=400), crop=224),
+        PreprocessSpec(resize=Exact(width=224, height=224), square=True),
     ],
 )
 def test_a_model_survives_the_wire(model, spec):
