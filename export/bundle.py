@@ -1,17 +1,12 @@
 """Checkpoint to bundle: export, check every graph against torch, and write all of it or nothing.
 
-`export_bundle` is the story. Owns what a bundle contains and how it appears on disk; reading one
-is `thoraxrt.engine.bundle`'s.
+`export_bundle` is the story. Owns what a bundle contains; how it appears on disk is
+`thoraxrt.export.publish`'s, reading one `thoraxrt.engine.bundle`'s.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -28,7 +23,7 @@ from thoraxrt.engine.boxes import BoxSpec
 from thoraxrt.engine.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Check, FileEntry, Manifest, Network
 from thoraxrt.engine.decode import decode
 from thoraxrt.engine.engine import image_files, read_image
-from thoraxrt.engine.errors import BundleError, CheckpointError, DatasetError, RequestError
+from thoraxrt.engine.errors import CheckpointError, DatasetError, RequestError
 from thoraxrt.engine.postprocess import OperatingPoint
 from thoraxrt.engine.preprocess import PreprocessSpec, Shorter, network_input
 from thoraxrt.export import Track, no_progress
@@ -45,6 +40,7 @@ from thoraxrt.export.graph import (
 from thoraxrt.export.nih import LABELS
 from thoraxrt.export.operating_points import operating_points_from_file, operating_points_from_folder
 from thoraxrt.export.phantoms import phantom
+from thoraxrt.export.publish import publish, refuse_to_overwrite
 
 __all__ = ["CHEXNET", "PRECISIONS", "ExportOptions", "export_bundle"]
 
@@ -55,10 +51,6 @@ PRECISIONS: Final = ("fp32", "fp16")
 
 _CHECK_IMAGES: Final = 16
 _CHECK_SEED: Final = 7
-# linux/fs.h, fcntl.h
-_RENAME_NOREPLACE: Final = 1
-_RENAME_EXCHANGE: Final = 2
-_AT_FDCWD: Final = -100
 # Beyond these a graph is wrong rather than rounded: FP32 differs by about 1e-6, FP16 by about 1e-2.
 _LARGEST_DIFFERENCE: Final = {"fp32": 1e-3, "fp16": 0.25}
 
@@ -101,7 +93,7 @@ def export_bundle(
     """
     options = options or ExportOptions()
     out = Path(out)
-    _refuse_to_overwrite(out, options.replace)
+    refuse_to_overwrite(out, options.replace)
     source = read_checkpoint(checkpoint)
     labels = _labels(options, source.network.head.out_features)
     served = ServedNetwork(source.network, options.normalisation, options.preprocess.input_size)
@@ -131,7 +123,7 @@ def export_bundle(
     )
     files = {Bundle.graph_name(precision): graph for precision, graph in graphs.items()}
     files[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-    _publish(files, out)
+    publish(files, out, replace=options.replace)
     return Bundle.open(out)
 
 
@@ -213,54 +205,3 @@ def _producer() -> dict[str, str]:
         "onnx": onnx.__version__,
         "onnxruntime": onnxruntime.__version__,
     }
-
-
-def _refuse_to_overwrite(out: Path, replace: bool) -> None:
-    if not out.exists():
-        return
-    if not replace:
-        raise BundleError(f"{out} exists; give another --out, or --replace to exchange it for the new bundle")
-    if not (out / MANIFEST).is_file():
-        raise BundleError(
-            f"{out} exists and is no bundle (it has no {MANIFEST}); it is not replaced: give another --out"
-        )
-
-
-def _publish(files: dict[str, bytes], out: Path) -> None:
-    """Write the files beside `out`, then let the whole folder appear under its name at once."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise BundleError(f"{out} cannot be written: {error.strerror}") from error
-    try:
-        for name, data in files.items():
-            _write(made / name, data)
-        made.chmod(0o755)
-        if out.exists():
-            _rename(made, out, _RENAME_EXCHANGE)
-        else:
-            _rename(made, out, _RENAME_NOREPLACE)
-    except OSError as error:
-        raise BundleError(
-            f"{out} cannot be written: {error.strerror}; what was there is untouched"
-            + ("; this file system cannot exchange folders: remove it first" if error.errno == errno.EINVAL else "")
-        ) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)  # the old bundle after an exchange, else what is left of a failure
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    path.chmod(0o444)  # a bundle is immutable
-
-
-def _rename(made: Path, out: Path, flags: int) -> None:
-    """renameat2(2): Python has no binding for its atomic exchange. Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, os.fsencode(made), _AT_FDCWD, os.fsencode(out), flags) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

@@ -17,6 +17,7 @@ from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import BundleError, CheckpointError, DatasetError, RequestError
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec
 from thoraxrt.export import bundle as export_module
+from thoraxrt.export import publish as publish_module
 from thoraxrt.export.bundle import ExportOptions, export_bundle
 from thoraxrt.export.networks import ResNet
 from thoraxrt.export.operating_points import operating_points_from_file, youden
@@ -87,7 +88,7 @@ def test_a_failed_write_leaves_nothing(
         path.write_bytes(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "_write", disk_full)
+    monkeypatch.setattr(publish_module, "_write", disk_full)
     with pytest.raises(BundleError, match="No space left"):
         export_bundle(checkpoint, tmp_path / "tiny.bundle", options())
     assert list(tmp_path.iterdir()) == []
