@@ -7,6 +7,7 @@ and `Box`; knows nothing of probabilities beyond a box's score. A GPU kernel com
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import cv2
@@ -14,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from thoraxrt.engine.postprocess import activate
+from thoraxrt.engine.postprocess import logistic
 from thoraxrt.engine.preprocess import Geometry
 
 __all__ = [
@@ -175,12 +176,18 @@ def regions_from_cam(cam: npt.NDArray[np.float32], size: int, threshold: float, 
 
 
 def boxes_from_cam(
-    cam: npt.NDArray[np.float32], *, finding: str, bias: float, spec: BoxSpec, geometry: Geometry
+    cam: npt.NDArray[np.float32],
+    *,
+    finding: str,
+    bias: float,
+    spec: BoxSpec,
+    geometry: Geometry,
+    probability: Callable[[float], float] = logistic,
 ) -> list[Box]:
     """The boxes of one finding, best first: by score, then y, then x.
 
     `cam` is float32 `(h, w)`; `bias` the finding's classifier bias, so that cam + bias is a
-    local logit. Extents are mapped through `geometry` and clipped to the source image.
+    local logit, and `probability` makes it a score in 0..1. Extents are mapped through `geometry` and clipped to the source image.
     """
     threshold = spec.per_finding.get(finding, spec.threshold)
     boxes = []
@@ -197,7 +204,7 @@ def boxes_from_cam(
                 y=top,
                 width=right - left,
                 height=bottom - top,
-                score=activate(float(local_logit)),
+                score=probability(float(local_logit)),
                 peak=Peak(x=geometry.source_x(region.peak_x + 0.5), y=geometry.source_y(region.peak_y + 0.5)),
             )
         )

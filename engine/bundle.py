@@ -15,7 +15,7 @@ import msgspec
 
 from thoraxrt.engine.boxes import BoxSpec
 from thoraxrt.engine.errors import BundleError
-from thoraxrt.engine.postprocess import Activation, OperatingPoint
+from thoraxrt.engine.postprocess import Activation, OperatingPoint, SigmoidOpNorm, Softmax
 from thoraxrt.engine.preprocess import PreprocessSpec
 
 __all__ = ["MANIFEST", "SCHEMA_VERSION", "Bundle", "Check", "FileEntry", "Manifest", "Network", "Recommended"]
@@ -84,6 +84,11 @@ class Manifest(_Strict, frozen=True):
             raise ValueError("labels must be distinct and at least one")
         if tuple(point.finding for point in self.operating_points) != self.labels:
             raise ValueError("operating_points must name the labels, in their order")
+        match self.activation:
+            case SigmoidOpNorm(thresholds=thresholds) if len(thresholds) != len(self.labels):
+                raise ValueError(f"activation has {len(thresholds)} thresholds for {len(self.labels)} labels")
+            case Softmax() if len(self.labels) < 2:
+                raise ValueError("activation is softmax for one label: expected at least two, or sigmoid")
         if len(self.network.bias) != len(self.labels):
             raise ValueError(f"network.bias has {len(self.network.bias)} values for {len(self.labels)} labels")
         if unknown := set(self.boxes.per_finding) - set(self.labels):

@@ -10,6 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
@@ -171,14 +172,14 @@ class Engine:
                 f"{self.backend} {self.precision} gave values that are not finite for this image; "
                 "use another precision (fp32) and check the bundle's parity"
             )
-        answers = findings_from_logits(logits, self.manifest.operating_points)
+        answers = findings_from_logits(logits, self.manifest.operating_points, self.manifest.activation)
         return Prediction(
             width=radiograph.width,
             height=radiograph.height,
             precision=self.precision,
             backend=self.backend,
             findings=answers,
-            boxes=self._boxes(radiograph, answers, cams, findings),
+            boxes=self._boxes(radiograph, answers, logits, cams, findings),
             cam=cams if cam else None,
             radiograph=radiograph,
         )
@@ -187,17 +188,30 @@ class Engine:
         self,
         radiograph: Radiograph,
         answers: Sequence[Finding],
+        logits: npt.NDArray[np.float32],
         cams: npt.NDArray[np.float32],
         wanted: Collection[str] | None,
     ) -> tuple[Box, ...]:
-        """The boxes of what is reported and wanted, best first; `cams` is float32 `(C, h, w)`."""
+        """The boxes of what is reported and wanted, best first.
+
+        `logits` is float32 `(C,)`, `cams` float32 `(C, h, w)`. A score is the activation of the
+        image's logits with the finding's own replaced by its local logit at the peak.
+        """
         geometry = self.manifest.preprocess.geometry(radiograph.width, radiograph.height)
+        activation = self.manifest.activation
+        # From a finding's logit to its log-odds, the others' logits held: zero but for softmax.
+        biases = self.manifest.network.bias + (activation.log_odds(logits) - logits)
         boxes = [
             box
-            for answer, cam, bias in zip(answers, cams, self.manifest.network.bias, strict=True)
+            for index, (answer, cam, bias) in enumerate(zip(answers, cams, biases.tolist(), strict=True))
             if answer.reported and (wanted is None or answer.finding in wanted)
             for box in boxes_from_cam(
-                cam, finding=answer.finding, bias=bias, spec=self.manifest.boxes, geometry=geometry
+                cam,
+                finding=answer.finding,
+                bias=bias,
+                spec=self.manifest.boxes,
+                geometry=geometry,
+                probability=partial(activation.probability, index=index),
             )
         ]
         return tuple(sort_boxes(boxes))

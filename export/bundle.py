@@ -24,7 +24,7 @@ from thoraxrt.engine.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Check, File
 from thoraxrt.engine.decode import decode
 from thoraxrt.engine.engine import image_files, read_image
 from thoraxrt.engine.errors import CheckpointError, DatasetError, RequestError
-from thoraxrt.engine.postprocess import OperatingPoint
+from thoraxrt.engine.postprocess import OperatingPoint, Sigmoid
 from thoraxrt.engine.preprocess import PreprocessSpec, Shorter, network_input
 from thoraxrt.export import Track, no_progress
 from thoraxrt.export.checkpoint import Checkpoint, read_checkpoint
@@ -109,7 +109,7 @@ def export_bundle(
             checkpoint_sha256=source.sha256,
         ),
         labels=labels,
-        activation="sigmoid",
+        activation=Sigmoid(),
         preprocess=options.preprocess,
         boxes=options.boxes,
         operating_points=_operating_points(graphs["fp32"], labels, options, track),
@@ -194,7 +194,7 @@ def _operating_points(
     if source is None:
         return tuple(OperatingPoint(finding=label) for label in labels)
     if source.is_dir():
-        return operating_points_from_folder(source, graph, labels, options.preprocess, track)
+        return operating_points_from_folder(source, graph, labels, options.preprocess, Sigmoid(), track)
     return operating_points_from_file(source, labels)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ from sklearn.metrics import roc_curve
 from thoraxrt.engine.decode import decode
 from thoraxrt.engine.engine import read_image
 from thoraxrt.engine.errors import DatasetError
-from thoraxrt.engine.postprocess import OperatingPoint, activate
+from thoraxrt.engine.postprocess import Activation, OperatingPoint, logistic
 from thoraxrt.engine.preprocess import PreprocessSpec, network_input
 from thoraxrt.export import Track, no_progress
 from thoraxrt.export.graph import session_from_graph
@@ -44,7 +45,12 @@ def operating_points_from_file(path: Path, labels: Sequence[str]) -> tuple[Opera
 
 
 def operating_points_from_folder(
-    folder: Path, graph: bytes, labels: Sequence[str], spec: PreprocessSpec, track: Track = no_progress
+    folder: Path,
+    graph: bytes,
+    labels: Sequence[str],
+    spec: PreprocessSpec,
+    activation: Activation,
+    track: Track = no_progress,
 ) -> tuple[OperatingPoint, ...]:
     """Choose each finding's operating point on the train_val images present in an NIH-layout folder.
 
@@ -62,34 +68,49 @@ def operating_points_from_folder(
             for path in track(paths, "Choosing operating points", len(paths))
         ]
     )  # (N, C)
+    log_odds = activation.log_odds(logits)
     data = f"{len(paths)} train_val images of {folder.name}"
     return tuple(
-        youden(label, logits[:, column], np.array([label in record.labels for record in dataset]), data)
+        youden(
+            label,
+            log_odds[:, column],
+            np.array([label in record.labels for record in dataset]),
+            data,
+            partial(activation.probability, index=column),
+        )
         for column, label in enumerate(labels)
     )
 
 
-def youden(finding: str, logits: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_], data: str) -> OperatingPoint:
+def youden(
+    finding: str,
+    log_odds: npt.NDArray[np.floating],
+    positive: npt.NDArray[np.bool_],
+    data: str,
+    probability: Callable[[float], float] = logistic,
+) -> OperatingPoint:
     """The operating point that maximises sensitivity + specificity - 1 (Youden, Cancer 3:32, 1950).
 
-    `logits` float32 `(N,)` and `positive` bool `(N,)`. The threshold lies midway between the
-    lowest logit above it and the highest below, so that rounding does not move an image across.
+    `log_odds` float `(N,)` as the activation makes them of the logits (for sigmoid the logits
+    themselves), `positive` bool `(N,)`; `probability` is the activation's for this finding. The
+    threshold lies midway between the lowest value above it and the highest below, so that
+    rounding does not move an image across.
     Of equal maxima the one with the highest sensitivity is taken. Without both positives and
     negatives, or where nothing beats chance, the answer is 0.5, marked default.
     """
     if positive.all() or not positive.any():
         return OperatingPoint(finding=finding)
-    false_rate, true_rate, thresholds = roc_curve(positive, logits, drop_intermediate=False)
+    false_rate, true_rate, thresholds = roc_curve(positive, log_odds, drop_intermediate=False)
     gain = true_rate - false_rate
     if not gain.max() > 0:  # no threshold is better than chance
         return OperatingPoint(finding=finding)
     best = int(np.flatnonzero(gain == gain.max())[-1])
     lowest = float(thresholds[best])
-    below = logits[logits < lowest]
+    below = log_odds[log_odds < lowest]
     threshold = (lowest + float(below.max())) / 2 if below.size else lowest - 1.0
     return OperatingPoint(
         finding=finding,
-        probability=activate(threshold),
+        probability=probability(threshold),
         method="youden",
         data=data,
         sensitivity=float(true_rate[best]),

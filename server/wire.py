@@ -164,7 +164,10 @@ def model_from_bundle(bundle: Bundle, *, backend: str, precision: str, server_ve
 
 def message_from_model(model: Model) -> pb.GetModelResponse:
     """The description of a model."""
-    fields = msgspec.to_builtins(model)  # the fields have the names of Model's, but for the resize
+    fields = msgspec.to_builtins(model)  # the fields have the names of Model's, but for these
+    activation = fields.pop("activation")
+    fields["activation"] = activation["name"]
+    fields["activation_thresholds"] = activation.get("thresholds", ())
     fields["preprocess"] = _message_from_preprocess(model.preprocess)
     return pb.GetModelResponse(**fields)
 
@@ -172,6 +175,7 @@ def message_from_model(model: Model) -> pb.GetModelResponse:
 def model_from_message(message: pb.GetModelResponse) -> Model:
     """The model in a description. Raises ValueError where it says what this version cannot mean."""
     network = message.network
+    thresholds = {"thresholds": list(message.activation_thresholds)} if message.activation_thresholds else {}
     return Model(
         labels=tuple(message.labels),
         network=Network(
@@ -181,7 +185,7 @@ def model_from_message(message: pb.GetModelResponse) -> Model:
             bias=tuple(network.bias),
             checkpoint_sha256=network.checkpoint_sha256,
         ),
-        activation=msgspec.convert(message.activation, Activation),
+        activation=msgspec.convert({"name": message.activation, **thresholds}, Activation),
         preprocess=_preprocess_from_message(message.preprocess),
         boxes=msgspec.convert(message.boxes, BoxSpec, from_attributes=True),
         operating_points=tuple(_operating_point_from_message(point) for point in message.operating_points),

@@ -113,7 +113,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("manifest_sha256", "labels", "network", "activation", "preprocess", "boxes", "operating_points", "backend", "precision", "producer", "files", "server_version")
+    __slots__ = ("manifest_sha256", "labels", "network", "activation", "preprocess", "boxes", "operating_points", "backend", "precision", "producer", "files", "server_version", "activation_thresholds")
     class ProducerEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,7 @@ class GetModelResponse(_message.Message):
     PRODUCER_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
     manifest_sha256: str
     labels: _containers.RepeatedScalarFieldContainer[str]
     network: Network
@@ -152,7 +153,8 @@ class GetModelResponse(_message.Message):
     producer: _containers.ScalarMap[str, str]
     files: _containers.MessageMap[str, File]
     server_version: str
-    def __init__(self, manifest_sha256: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., network: _Optional[_Union[Network, _Mapping]] = ..., activation: _Optional[str] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., boxes: _Optional[_Union[BoxSpec, _Mapping]] = ..., operating_points: _Optional[_Iterable[_Union[OperatingPoint, _Mapping]]] = ..., backend: _Optional[str] = ..., precision: _Optional[str] = ..., producer: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, File]] = ..., server_version: _Optional[str] = ...) -> None: ...
+    activation_thresholds: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, manifest_sha256: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., network: _Optional[_Union[Network, _Mapping]] = ..., activation: _Optional[str] = ..., preprocess: _Optional[_Union[Preprocess, _Mapping]] = ..., boxes: _Optional[_Union[BoxSpec, _Mapping]] = ..., operating_points: _Optional[_Iterable[_Union[OperatingPoint, _Mapping]]] = ..., backend: _Optional[str] = ..., precision: _Optional[str] = ..., producer: _Optional[_Mapping[str, str]] = ..., files: _Optional[_Mapping[str, File]] = ..., server_version: _Optional[str] = ..., activation_thresholds: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Network(_message.Message):
     __slots__ = ("name", "cam_height", "cam_width", "bias", "checkpoint_sha256")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thoraxrt.engine.boxes import Box, BoxSpec, Peak, Region, boxes_from_cam, regions_from_cam, sort_boxes, upsample
-from thoraxrt.engine.postprocess import activate
+from thoraxrt.engine.postprocess import SigmoidOpNorm, logistic
 from thoraxrt.engine.preprocess import Exact, Geometry, PreprocessSpec, Shorter
 
 F = np.float32
@@ -103,8 +105,22 @@ def test_a_box_is_mapped_to_the_source_with_score_and_peak() -> None:
     geometry = PreprocessSpec(resize=Shorter(pixels=10), crop=8).geometry(100, 100)  # 10 source pixels each, crop at 1
     (box,) = boxes_from_cam(cam, finding="Mass", bias=-2.0, spec=BoxSpec(threshold=0.5, min_area=0), geometry=geometry)
     assert box == Box(
-        finding="Mass", x=50.0, y=30.0, width=20.0, height=20.0, score=activate(0.5625 - 2.0), peak=Peak(x=55.0, y=35.0)
+        finding="Mass", x=50.0, y=30.0, width=20.0, height=20.0, score=logistic(0.5625 - 2.0), peak=Peak(x=55.0, y=35.0)
     )
+
+
+def test_a_score_is_made_by_the_models_own_activation() -> None:
+    geometry = PreprocessSpec(resize=Exact(width=3, height=3)).geometry(3, 3)
+    op_norm = partial(SigmoidOpNorm(thresholds=(0.5, 0.1)).probability, index=1)
+    (box,) = boxes_from_cam(
+        np.eye(3, dtype=np.float32),
+        finding="Mass",
+        bias=-1.0,
+        spec=BoxSpec(min_area=0),
+        geometry=geometry,
+        probability=op_norm,
+    )
+    assert box.score == pytest.approx(1 - 0.5 / (2 * 0.9))  # the local logit is 0, s = 0.5, t = 0.1
 
 
 def test_diagonal_neighbours_are_one_region() -> None:

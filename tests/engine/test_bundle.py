@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from thoraxrt.engine.boxes import BoxSpec
 from thoraxrt.engine.bundle import MANIFEST, Bundle
 from thoraxrt.engine.errors import BundleError
+from thoraxrt.engine.postprocess import OperatingPoint, Softmax
 
 
 @pytest.fixture
@@ -58,7 +61,9 @@ def test_a_missing_graph(copy: Path) -> None:
         ("surprise", 1, "unknown field `surprise`"),
         ("labels", ["Mass"], "operating_points must name the labels"),
         ("labels", [], "labels must be distinct"),
-        ("activation", "relu", "activation"),
+        ("activation", {"name": "relu"}, "activation"),
+        ("activation", {"name": "sigmoid_opnorm", "thresholds": [0.5]}, "1 thresholds for 14 labels"),
+        ("activation", {"name": "sigmoid_opnorm", "thresholds": [0.0] * 14}, "op-norm threshold 0.0"),
         ("files", {"../../etc/passwd": {"sha256": "", "size": 1}}, "expected a plain name"),
         ("preprocess", {"resize": {"mode": "shorter", "pixels": 100}, "crop": 224}, "centre crop of 224"),
         ("boxes", {"threshold": 7.0}, "box threshold"),
@@ -70,6 +75,18 @@ def test_a_senseless_manifest(field: str, value: Any, complaint: str, copy: Path
     (copy / MANIFEST).write_text(json.dumps({**manifest, field: value}))
     with pytest.raises(BundleError, match=complaint):
         Bundle.open(copy)
+
+
+def test_a_softmax_of_one_label_is_refused(sample_bundle: Bundle) -> None:
+    manifest = sample_bundle.manifest
+    with pytest.raises(ValueError, match="softmax for one label"):
+        msgspec.structs.replace(
+            manifest,
+            labels=("Mass",),
+            operating_points=(OperatingPoint(finding="Mass"),),
+            boxes=BoxSpec(),
+            activation=Softmax(),
+        )
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,7 +17,7 @@ from thoraxrt.engine.decode import Radiograph, ThreadDecoder, decode
 from thoraxrt.engine.engine import Engine, Prediction
 from thoraxrt.engine.errors import BackendError, BackendUnavailableError, ImageError, RequestError
 from thoraxrt.engine.overlay import heat, render_overlay
-from thoraxrt.engine.postprocess import Finding, activate
+from thoraxrt.engine.postprocess import Finding, Softmax, logistic
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec, network_input
 from thoraxrt.export.phantoms import phantom
 
@@ -130,12 +131,48 @@ def test_a_box_score_is_the_activation_of_its_peak(sample_bundle: Bundle, radiog
             assert prediction.cam is not None
             for box in prediction.boxes:
                 index = engine.manifest.labels.index(box.finding)
-                ceiling = activate(float(prediction.cam[index].max()) + engine.manifest.network.bias[index])
+                ceiling = logistic(float(prediction.cam[index].max()) + engine.manifest.network.bias[index])
                 assert 0 < box.score <= ceiling + 1e-6
                 assert box.x <= box.peak.x <= box.x + box.width
                 assert box.y <= box.peak.y <= box.y + box.height
                 boxes += 1
     assert boxes
+
+
+class TwoClasses:
+    """A backend at the edge of the world: the first class is seen in one corner, the others are level."""
+
+    name, precision = "fake", "fp32"
+
+    def __init__(self, bundle: Bundle) -> None:
+        network = bundle.manifest.network
+        cam = np.zeros((1, len(bundle.manifest.labels), network.cam_height, network.cam_width), np.float32)
+        cam[0, 0, :2, :2] = 8.0
+        self.cam, self.bias = cam, np.array(network.bias, np.float32)
+
+    def run(self, images: npt.NDArray[np.uint8]) -> NetworkOutput:
+        return NetworkOutput(self.cam.mean((2, 3)) + self.bias, self.cam)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_softmax_box_holds_the_other_classes_where_the_image_has_them(
+    sample_bundle: Bundle, radiographs: list[Radiograph]
+) -> None:
+    manifest = sample_bundle.manifest
+    points = [msgspec.structs.replace(point, probability=0.01) for point in manifest.operating_points]
+    manifest = msgspec.structs.replace(manifest, activation=Softmax(), operating_points=tuple(points))
+    bundle = Bundle(sample_bundle.path, manifest, sample_bundle.sha256)
+    backend = TwoClasses(bundle)
+    with Engine(bundle, backend, ThreadDecoder()) as engine:
+        prediction = engine.predict_one(radiographs[0], findings=[manifest.labels[0]])
+    logits = backend.run(np.empty(0, np.uint8)).logits[0].astype(np.float64)
+    np.testing.assert_allclose(
+        [finding.probability for finding in prediction.findings], np.exp(logits) / np.exp(logits).sum(), rtol=1e-12
+    )
+    logits[0] = 8.0 + manifest.network.bias[0]
+    assert prediction.boxes[0].score == pytest.approx((np.exp(logits) / np.exp(logits).sum())[0], rel=1e-6)
 
 
 class NotANumber:

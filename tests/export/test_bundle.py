@@ -15,6 +15,7 @@ from PIL import Image
 
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import BundleError, CheckpointError, DatasetError, RequestError
+from thoraxrt.engine.postprocess import Sigmoid
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec
 from thoraxrt.export import bundle as export_module
 from thoraxrt.export import publish as publish_module
@@ -136,7 +137,7 @@ def test_youden_by_hand() -> None:
     point = youden("Mass", logits, positive, "five images")
     # From 0 up: both positives and one of three negatives, J = 1 + 2/3 - 1, the largest.
     assert (point.sensitivity, point.specificity) == (1.0, pytest.approx(2 / 3))
-    assert point.logit == pytest.approx(-0.5)  # midway between 0 and the next lower logit
+    assert Sigmoid().threshold(point.probability, 0) == pytest.approx(-0.5)  # midway between 0 and the next lower logit
     assert youden("Mass", logits, np.zeros(5, bool), "no positives").method == "default"
     assert youden("Mass", logits, ~positive & False | (logits < 0), "inverted").method == "default"
 

@@ -65,6 +65,7 @@ GetModelResponse.precision = 9: string
 GetModelResponse.producer = 10: repeated .thoraxrt.v1.GetModelResponse.ProducerEntry
 GetModelResponse.files = 11: repeated .thoraxrt.v1.GetModelResponse.FilesEntry
 GetModelResponse.server_version = 12: string
+GetModelResponse.activation_thresholds = 13: repeated double
 GetModelResponse.ProducerEntry.key = 1: string
 GetModelResponse.ProducerEntry.value = 2: string
 GetModelResponse.FilesEntry.key = 1: string

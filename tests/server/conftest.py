@@ -21,7 +21,7 @@ from thoraxrt.engine.boxes import BoxSpec
 from thoraxrt.engine.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Check, FileEntry, Manifest, Network
 from thoraxrt.engine.decode import ThreadDecoder
 from thoraxrt.engine.engine import Engine
-from thoraxrt.engine.postprocess import OperatingPoint
+from thoraxrt.engine.postprocess import OperatingPoint, Sigmoid
 from thoraxrt.engine.preprocess import PreprocessSpec, Shorter
 from thoraxrt.server.client import Client
 from thoraxrt.server.serve import running_server
@@ -71,7 +71,7 @@ def write_bundle(folder: Path, graph: bytes) -> Bundle:
         schema_version=SCHEMA_VERSION,
         network=Network(name="tiny", cam_height=8, cam_width=8, bias=BIAS, checkpoint_sha256="0" * 64),
         labels=LABELS,
-        activation="sigmoid",
+        activation=Sigmoid(),
         preprocess=PreprocessSpec(resize=Shorter(pixels=72), crop=64),
         boxes=BoxSpec(threshold=0.6, per_finding={"Nodule": 0.8}),
         operating_points=(

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from thoraxrt.engine.postprocess import Sigmoid, SigmoidOpNorm, Softmax
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.wire import (
@@ -37,6 +38,25 @@ def test_a_model_survives_the_wire(model, spec):
     model = msgspec.structs.replace(model, preprocess=spec)
     sent = message_from_model(model).SerializeToString()
     assert model_from_message(pb.GetModelResponse.FromString(sent)) == model
+
+
+@pytest.mark.parametrize("activation", [Sigmoid(), Softmax(), SigmoidOpNorm(thresholds=(0.25, 0.0398, 0.7))])
+def test_an_activation_survives_the_wire(model, activation):
+    model = msgspec.structs.replace(model, activation=activation)
+    message = pb.GetModelResponse.FromString(message_from_model(model).SerializeToString())
+    assert message.activation == {Sigmoid: "sigmoid", Softmax: "softmax"}.get(type(activation), "sigmoid_opnorm")
+    assert model_from_message(message).activation == activation
+
+
+def test_thresholds_belong_to_op_norm_alone(model):
+    message = message_from_model(model)
+    message.activation_thresholds[:] = [0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match="thresholds"):
+        model_from_message(message)
+    message = message_from_model(model)
+    message.activation = "sigmoid_opnorm"
+    with pytest.raises(ValueError, match="thresholds"):
+        model_from_message(message)
 
 
 def test_an_operating_point_of_zero_is_not_an_absent_one(model):
