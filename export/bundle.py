@@ -32,11 +32,11 @@ from thoraxrt.export.graph import (
     IMAGENET,
     Normalisation,
     ServedNetwork,
-    fp16_from_fp32,
     onnx_from_network,
     reference_logits,
     session_from_graph,
 )
+from thoraxrt.export.half import fp16_from_fp32
 from thoraxrt.export.nih import LABELS
 from thoraxrt.export.operating_points import operating_points_from_file, operating_points_from_folder
 from thoraxrt.export.phantoms import phantom

@@ -1,7 +1,7 @@
-"""Network to ONNX: the stem takes raw pixels, the CAM is an output, precision is the graph's types.
+"""Network to ONNX: the stem takes raw pixels, the CAM is an output.
 
-Owns the two rewrites that every export makes and the FP16 conversion; what comes out is checked
-against torch by `thoraxrt.export.bundle`.
+Owns the two rewrites that every export makes; what comes out is checked against torch by
+`thoraxrt.export.bundle`, and `thoraxrt.export.half` makes FP16 of it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,6 @@ __all__ = [
     "IMAGENET",
     "Normalisation",
     "ServedNetwork",
-    "fp16_from_fp32",
     "onnx_from_network",
     "reference_logits",
     "session_from_graph",
@@ -164,68 +162,3 @@ def _strip(model: onnx.ModelProto) -> None:
     )
     for owner in owners:
         del owner.metadata_props[:]
-
-
-def fp16_from_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in FP16 types, inputs and outputs unchanged; the CAM and the pooled logits stay FP32.
-
-    Raises RequestError where a weight does not fit FP16's range.
-    """
-    half = copy.deepcopy(model)
-    head = _producers(half, ["logits", "cam"])
-    in_head = {name for node in half.graph.node if node.name in head for name in node.input}
-    in_trunk = {name for node in half.graph.node if node.name not in head for name in node.input}
-    for weight in half.graph.initializer:
-        if weight.data_type == onnx.TensorProto.FLOAT and weight.name in in_trunk - in_head:
-            weight.CopyFrom(_fp16_tensor(weight))
-    for node in half.graph.node:
-        if node.op_type == "Cast" and node.name not in head:
-            _cast_to(node, onnx.TensorProto.FLOAT16)
-    _cast_features(half.graph, head)
-    del half.graph.value_info[:]  # the old types
-    half = onnx.shape_inference.infer_shapes(half, strict_mode=True)
-    onnx.checker.check_model(half, full_check=True)
-    return half
-
-
-def _fp16_tensor(weight: onnx.TensorProto) -> onnx.TensorProto:
-    values = onnx.numpy_helper.to_array(weight)
-    if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
-        raise RequestError(f"{weight.name} goes beyond FP16's 65504: export with --precision fp32")
-    return onnx.numpy_helper.from_array(values.astype(np.float16), weight.name)
-
-
-def _cast_to(node: onnx.NodeProto, data_type: int) -> None:
-    (to,) = [attribute for attribute in node.attribute if attribute.name == "to"]
-    if to.i == onnx.TensorProto.FLOAT:
-        to.i = data_type
-
-
-def _cast_features(graph: onnx.GraphProto, head: Sequence[str]) -> None:
-    """Put a cast to FP32 where the head takes the trunk's features."""
-    nodes = list(graph.node)
-    trunk_outputs = {name for node in nodes if node.name not in head for name in node.output}
-    for position, node in enumerate(nodes):
-        if node.name in head and (features := trunk_outputs.intersection(node.input)):
-            (name,) = features
-            cast = onnx.helper.make_node("Cast", [name], [f"{name}_fp32"], f"{name}_cast", to=onnx.TensorProto.FLOAT)
-            node.input[list(node.input).index(name)] = cast.output[0]
-            nodes.insert(position, cast)
-            break
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _producers(model: onnx.ModelProto, outputs: Sequence[str]) -> list[str]:
-    """The names of the nodes from the CAM convolution to the outputs."""
-    by_output = {name: node for node in model.graph.node for name in node.output}
-    names: list[str] = []
-    pending = list(outputs)
-    while pending:
-        node = by_output.get(pending.pop())
-        if node is None or node.name in names:
-            continue
-        names.append(node.name)
-        if node.op_type != "Conv":
-            pending.extend(node.input)
-    return names

@@ -1,4 +1,4 @@
-"""The stem's fold, the CAM and the FP16 types, against torch with nothing folded."""
+"""The stem's fold and the CAM, against torch with nothing folded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto
 
 from thoraxrt.engine.errors import RequestError
 from thoraxrt.export.graph import (
     IMAGENET,
     Normalisation,
     ServedNetwork,
-    fp16_from_fp32,
     onnx_from_network,
     reference_logits,
     session_from_graph,
@@ -74,36 +72,11 @@ def test_graph_equals_torch_and_its_cam_averages_to_the_logits(exported: Exporte
     assert np.ptp(expected) > 0.5  # else agreement would say nothing
 
 
-def test_half_graph_has_half_types_and_float_head(exported: Exported) -> None:
-    half = fp16_from_fp32(exported.model)
-    weights = {w.name: w.data_type for w in half.graph.initializer}
-    convolutions = [node for node in half.graph.node if node.op_type == "Conv"]
-    types = [weights[node.input[1]] for node in convolutions]
-    assert types[:-1] == [TensorProto.FLOAT16] * (len(types) - 1)
-    assert types[-1] == TensorProto.FLOAT  # the CAM
-    assert [o.type.tensor_type.elem_type for o in half.graph.output] == [TensorProto.FLOAT] * 2
-    (image,) = half.graph.input
-    assert image.type.tensor_type.elem_type == TensorProto.UINT8
-    logits = session_from_graph(half.SerializeToString()).run(["logits"], {"image": IMAGES})[0]
-    np.testing.assert_allclose(
-        logits, reference_logits(exported.network, exported.normalisation, IMAGES), atol=0.05, rtol=0
-    )
-
-
 def test_the_graph_holds_nothing_of_this_machine_and_repeats(exported: Exported) -> None:
     again = onnx_from_network(ServedNetwork(exported.network, exported.normalisation, SIZE), SIZE)
     first = exported.model.SerializeToString(deterministic=True)
     assert first == again.SerializeToString(deterministic=True)
     assert b".py" not in first
-
-
-def test_a_weight_beyond_half_range_is_refused() -> None:
-    torch.manual_seed(2)
-    network = randomised(NETWORKS["resnet"]())
-    network.get_submodule("layer1.0.conv1").weight.data[0, 0, 0, 0] = 1e6  # type: ignore[union-attr, index]
-    model = onnx_from_network(ServedNetwork(network, IMAGENET, SIZE), SIZE)
-    with pytest.raises(RequestError, match="65504"):
-        fp16_from_fp32(model)
 
 
 def test_normalisation_of_another_channel_count_is_refused() -> None:

@@ -1,0 +1,152 @@
+"""FP16 graphs: types as promised, and which nodes stay in FP32, against FP16 rounding made explicit."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto
+
+from thoraxrt.engine.errors import RequestError
+from thoraxrt.export.graph import session_from_graph
+from thoraxrt.export.half import fp16_from_fp32
+
+# Operators of networks made elsewhere: gates, Clips that share a bound, shape arithmetic in float.
+TRUNK = """
+    pixels = Cast <to = 1> (image)
+    scaled = Mul (pixels, scale)
+    stem = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (scaled, stem_weight, stem_bias)
+    norm = BatchNormalization (stem, gamma, beta, mean, variance)
+    swish = HardSwish (norm)
+    clip = Clip (swish, zero, six)
+    depthwise = Conv <group = 8, pads = [1, 1, 1, 1]> (clip, depthwise_weight)
+    squeeze = GlobalAveragePool (depthwise)
+    flat = Reshape (squeeze, flat_shape)
+    fc1 = Gemm <transB = 1> (flat, fc1_weight, fc1_bias)
+    relu = Clip (fc1, zero)
+    fc2 = MatMul (relu, fc2_weight)
+    gate = Sigmoid (fc2)
+    gate_map = Unsqueeze (gate, axes)
+    gated = Mul (depthwise, gate_map)
+    channels_last = Transpose <perm = [0, 2, 3, 1]> (gated)
+    channels_first = Transpose <perm = [0, 3, 1, 2]> (channels_last)
+    batch = Shape <start = 0, end = 2> (gated)
+    size = Shape <start = 2> (gated)
+    size_float = Cast <to = 1> (size)
+    one_half = Constant <value = float[1] {0.5}> ()
+    half_size_float = Mul (size_float, one_half)
+    half_size = Cast <to = 7> (half_size_float)
+    sizes = Concat <axis = 0> (batch, half_size)
+    small = Resize <mode = "linear"> (channels_first, , , sizes)
+    large = Resize <mode = "nearest"> (small, , scales)
+    joined = Concat <axis = 1> (large, gated)
+    features = Relu (joined)
+"""
+HEAD = """
+    map = Conv (features, cam_weight)
+    cam = Mul (map, scale)
+    pooled = ReduceMean <keepdims = 0> (cam, axes)
+    logits = Add (pooled, bias)
+"""
+SHAPE_ARITHMETIC = ("size_float", "half_size_float")
+IN_FP32 = {"size_float", "half_size_float", "map", "cam", "pooled", "logits"}
+KEEPABLE = (
+    "pixels", "scaled", "stem", "norm", "swish", "clip", "depthwise", "squeeze", "flat", "fc1", "relu", "fc2", "gate",
+    "gate_map", "gated", "channels_last", "channels_first", "small", "large", "joined", "features",
+)  # fmt: skip
+IMAGES = np.stack([np.random.default_rng(0).integers(0, high, (1, 16, 16), np.uint8) for high in (16, 64, 256)])
+
+
+def served(trunk: str, weights: dict[str, np.ndarray], head: str = HEAD) -> onnx.ModelProto:
+    """A served graph `image` uint8 `(N, 1, 16, 16)` to `logits (N, 3)` and `cam (N, 3, h, w)`, in ONNX's own text."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 18]> served (uint8[N, 1, 16, 16] image)'
+        f" => (float[N, 3] logits, float[N, 3, H, W] cam) {{ {trunk} {head} }}"
+    )
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    shapes = {
+        "stem_weight": (8, 1, 3, 3), "stem_bias": (8,), "gamma": (8,), "beta": (8,), "mean": (8,),
+        "depthwise_weight": (8, 1, 3, 3), "fc1_weight": (4, 8), "fc1_bias": (4,), "fc2_weight": (4, 8),
+        "cam_weight": (3, 16, 1, 1), "bias": (3,),
+    }  # fmt: skip
+    drawn = {name: rng.normal(0, 0.7, shape).astype(np.float32) for name, shape in shapes.items()}
+    return drawn | {
+        "scale": np.float32(1 / 16),
+        "variance": np.ones(8, np.float32),
+        "zero": np.float32(0),
+        "six": np.float32(6),
+        "flat_shape": np.array([0, -1]),
+        "axes": np.array([2, 3]),
+        "scales": np.array([1, 1, 2, 2], np.float32),
+    }
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    """Each tensor's element type, by name."""
+    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    known = {value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info, *graph.output]}
+    return known | {weight.name: weight.data_type for weight in graph.initializer}
+
+
+def logits(model: onnx.ModelProto, images: np.ndarray = IMAGES) -> np.ndarray:
+    return session_from_graph(model.SerializeToString()).run(["logits"], {"image": images})[0]
+
+
+@given(keep=st.sets(st.sampled_from(KEEPABLE)))
+@settings(max_examples=25, deadline=None)
+def test_each_node_has_the_type_it_was_given(keep: set[str]) -> None:
+    model = served(TRUNK, weights())
+    half = fp16_from_fp32(model, keep)
+    found = types(half)
+    for name, before in types(model).items():
+        if name in KEEPABLE:
+            assert found[name] == (TensorProto.FLOAT if name in keep else TensorProto.FLOAT16), name
+        elif name in IN_FP32:
+            assert found[name] == TensorProto.FLOAT, name
+        elif before != TensorProto.FLOAT or name == "scales":  # Resize has its scales in FP32 always
+            assert found[name] == before, name
+    casts = [(node.input[0], found[node.output[0]]) for node in half.graph.node if node.op_type == "Cast"]
+    assert len(set(casts)) == len(casts)  # one per tensor and direction
+    assert not [name for name, to in casts if found[name] == to]
+    np.testing.assert_allclose(logits(half), logits(model), atol=0.005, rtol=0)
+    assert np.ptp(logits(model), axis=0).min() > 0.2  # else agreement would say nothing
+
+
+def test_the_same_graph_gives_the_same_bytes() -> None:
+    first, second = (fp16_from_fp32(served(TRUNK, weights()), {"fc1", "norm", "large"}) for _ in range(2))
+    assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("stem_weight", 1e5), ("gamma", 1e-6)], ids=["beyond 65504", "below 6.1e-5"]
+)
+def test_a_weight_that_fp16_cannot_hold_keeps_its_node(name: str, value: float) -> None:
+    drawn = weights()
+    drawn[name] = np.full_like(drawn[name], value)
+    found = types(fp16_from_fp32(served(TRUNK, drawn)))
+    kept = {"stem_weight": "stem", "gamma": "norm"}[name]
+    assert [node for node in KEEPABLE if found[node] == TensorProto.FLOAT] == [kept]
+
+
+@pytest.mark.parametrize(
+    ("trunk", "head", "keep", "message"),
+    [
+        (TRUNK, HEAD, {"stm"}, "first output stm"),
+        ("features = Cast <to = 1> (image)", HEAD.replace("Conv (features", "Mul (features"), (), "from no Conv"),
+    ],
+    ids=["unknown name", "no CAM convolution"],
+)
+def test_what_cannot_be_converted_is_refused(trunk: str, head: str, keep: set[str], message: str) -> None:
+    drawn = weights()
+    if not keep:
+        drawn["cam_weight"] = np.ones((1, 3, 1, 1), np.float32)
+    with pytest.raises(RequestError, match=message):
+        fp16_from_fp32(served(trunk, drawn, head), keep)
