@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 import msgspec
 
@@ -18,7 +18,19 @@ from thoraxrt.engine.errors import BundleError
 from thoraxrt.engine.postprocess import Activation, OperatingPoint, SigmoidOpNorm, Softmax
 from thoraxrt.engine.preprocess import PreprocessSpec
 
-__all__ = ["MANIFEST", "SCHEMA_VERSION", "Bundle", "Check", "FileEntry", "Manifest", "Network", "Recommended"]
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "Agreement",
+    "Bundle",
+    "Calibration",
+    "Check",
+    "FileEntry",
+    "FindingAgreement",
+    "Manifest",
+    "Network",
+    "Recommended",
+]
 
 MANIFEST: Final = "manifest.json"
 SCHEMA_VERSION: Final = 1
@@ -53,6 +65,54 @@ class Check(_Strict, frozen=True):
     data: str
 
 
+class FindingAgreement(_Strict, frozen=True):
+    """A finding's AUROC at one precision, and by how much it exceeds FP32's on the same images.
+
+    `low` to `high` is the difference's 95 % interval. The verdict is `cannot tell` where fewer than
+    20 images show the finding or fewer than 20 do not.
+    """
+
+    finding: str
+    positives: int
+    negatives: int
+    auroc: float
+    difference: float
+    low: float
+    high: float
+    verdict: Literal["within", "beyond", "cannot tell"]
+
+
+class Agreement(_Strict, frozen=True):
+    """How close one precision's answers are to FP32's on images that no choice was made on.
+
+    Errors are absolute differences of probabilities, the mean and the 99th percentile over images and
+    labels; the correlation is Spearman's, over all logits. `thoraxrt.export.agreement` states the bar.
+    """
+
+    images: int
+    mean_error: float
+    p99_error: float
+    rank_correlation: float
+    findings: tuple[FindingAgreement, ...]
+    meets_bar: bool
+
+
+class Calibration(_Strict, frozen=True):
+    """What the INT8 graph's ranges and layers were chosen with.
+
+    `split` says how the images were parted, `images` has the sha256 of each one by part: `calibrate`
+    (ranges), `select` (method and layers) and `judge` (the agreement that the manifest states).
+    `quantised` of `layers` convolutions run in INT8.
+    """
+
+    method: Literal["minmax", "percentile", "entropy", "mse"]
+    ranges: str
+    split: str
+    images: dict[str, tuple[str, ...]]
+    layers: int
+    quantised: int
+
+
 class Recommended(_Strict, frozen=True):
     """What runs when nobody names a backend or a precision."""
 
@@ -63,8 +123,9 @@ class Recommended(_Strict, frozen=True):
 class Manifest(_Strict, frozen=True):
     """`manifest.json`: everything about a bundle but its weights.
 
-    `labels`, `network.bias` and `operating_points` share one order. `checks` is keyed by
-    precision; `files` by name.
+    `labels`, `network.bias` and `operating_points` share one order. `checks`, `agreement` and
+    `kept_in_fp32` are keyed by precision, `files` by name. `kept_in_fp32` names the graph's nodes that
+    measurement kept in FP32 at a lower precision.
     """
 
     schema_version: int
@@ -75,6 +136,9 @@ class Manifest(_Strict, frozen=True):
     boxes: BoxSpec
     operating_points: tuple[OperatingPoint, ...]
     checks: dict[str, Check]
+    calibration: Calibration | None = None
+    agreement: dict[str, Agreement] = {}
+    kept_in_fp32: dict[str, tuple[str, ...]] = {}
     recommended: Recommended | None
     producer: dict[str, str]
     files: dict[str, FileEntry]
