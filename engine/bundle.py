@@ -120,7 +120,7 @@ class Recommended(_Strict, frozen=True):
     precision: str
 
 
-class Manifest(_Strict, frozen=True):
+class Manifest(_Strict, frozen=True, kw_only=True):
     """`manifest.json`: everything about a bundle but its weights.
 
     `labels`, `network.bias` and `operating_points` share one order. `checks`, `agreement` and
