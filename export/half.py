@@ -7,19 +7,31 @@ A node is named by its first output, since ONNX lets node names be empty or repe
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
-from typing import Final, NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from itertools import chain, islice
+from operator import length_hint
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from thoraxrt.engine.errors import RequestError
+from thoraxrt.engine.errors import DatasetError, RequestError
+from thoraxrt.export import Track, no_progress
+from thoraxrt.export.graph import session_from_graph
 
-__all__ = ["fp16_from_fp32"]
+__all__ = ["Half", "emulation_from_fp16", "fp16_by_measurement", "fp16_from_fp32"]
+
+_Image: TypeAlias = npt.NDArray[np.uint8]
+_Logits: TypeAlias = npt.NDArray[np.float32]
 
 _LARGEST: Final = float(np.finfo(np.float16).max)  # 65504
 _SMALLEST: Final = float(np.finfo(np.float16).tiny)  # 6.1e-5: smaller values lose digits, then vanish
+_SAFE: Final = _LARGEST / 4  # images that were not measured reach further than those that were
+_RANKING_IMAGES: Final = 16  # enough to put groups in order; the bar is always judged on all images
+_STARTS_GROUP: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SHAPE_OF: Final = ("Shape", "Size")  # these read no values, so the type of their input does not matter
 
 
@@ -28,6 +40,180 @@ class _Slots(NamedTuple):
 
     takes: frozenset[int] = frozenset()
     gives: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half:
+    """An FP16 graph, and why each node that measurement keeps in FP32 is kept."""
+
+    model: onnx.ModelProto
+    why: dict[str, str]
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The nodes kept in FP32, without those that every FP16 graph keeps."""
+        return tuple(self.why)
+
+
+def fp16_by_measurement(
+    model: onnx.ModelProto,
+    images: Callable[[], Iterable[_Image]],
+    meets: Callable[[_Logits, _Logits], bool],
+    track: Track = no_progress,
+) -> Half:
+    """The FP16 graph of a served FP32 graph, in which the fewest nodes stay FP32 that images show to need it.
+
+    `images()` gives the calibration images anew, uint8 `(1, S, S)` each; they are streamed.
+    `meets(fp16, fp32)` is the accuracy bar on logits float32 `(N, C)`, never asked about NaN.
+
+    Kept for certain are nodes with a weight that FP16 cannot hold, or that read or write a value
+    beyond a quarter of 65504 on any image. Where the rest misses the bar, each group (a
+    convolution or matrix product and what follows it) is tried as the only one in FP16; those that
+    move the logits most are kept, the fewest that meet the bar, found by doubling and bisection.
+
+    Raises DatasetError without images; RequestError where the bar refuses even FP32, or as
+    `fp16_from_fp32` does.
+    """
+    model = copy.deepcopy(model)
+    _lift_constants(model.graph)
+    slots = _half_slots(model)
+    fp32, largest = _ranges(model, slots, track(stream := images(), "Measuring ranges", length_hint(stream)))
+    if not np.isfinite(fp32).all() or not meets(fp32, fp32):
+        raise RequestError("the FP32 graph itself misses the accuracy bar: check the bar and the calibration images")
+    why = {name: reason for name, reason in _unfit(model.graph).items() if name in slots}
+    why |= _overflowing(model.graph, slots, largest)
+
+    def passes(keep: Collection[str]) -> bool:
+        fp16 = _logits(fp16_from_fp32(model, keep), track(images(), "Comparing FP16 with FP32", len(fp32)))
+        return bool(np.isfinite(fp16).all()) and meets(fp16, fp32)
+
+    if not passes(why):
+        groups = _groups(model.graph, slots.keys() - why.keys())
+        few = list(islice(images(), _RANKING_IMAGES))
+        costs = []
+        for group in track(groups, "Finding what FP16 costs", len(groups)):
+            alone = _logits(fp16_from_fp32(model, slots.keys() - set(group)), few)
+            # Infinities and NaN cost most.
+            costs.append(float(np.nan_to_num(np.abs(alone - fp32[: len(few)]), nan=np.inf).mean()))
+        order = sorted(range(len(groups)), key=lambda index: -costs[index])
+        count = _fewest(len(groups), lambda count: passes({*why, *chain(*(groups[i] for i in order[:count]))}))
+        for index in order[:count]:
+            reason = f"its group alone in FP16 moves a logit by {costs[index]:.2g} on average"
+            why |= dict.fromkeys(groups[index], reason)
+    return Half(model=fp16_from_fp32(model, why), why=why)
+
+
+def _ranges(
+    model: onnx.ModelProto, slots: dict[str, _Slots], images: Iterable[_Image]
+) -> tuple[_Logits, dict[str, float]]:
+    """The FP32 logits float32 `(N, C)`, and the largest magnitude of each tensor that could be FP16.
+
+    The graph reduces each tensor to one number itself, so that no feature map outlives its use.
+    """
+    weights = {weight.name for weight in model.graph.initializer}
+    names = sorted({name for node in model.graph.node for name in _half_tensors(node, slots)} - weights)
+    model = copy.deepcopy(model)
+    for name in names:
+        model.graph.node.append(onnx.helper.make_node("Abs", [name], [f"|{name}|"]))
+        model.graph.node.append(onnx.helper.make_node("ReduceMax", [f"|{name}|"], [f"max|{name}|"], keepdims=0))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"max|{name}|", TensorProto.FLOAT, []))
+    session = session_from_graph(model.SerializeToString())
+    wanted = ["logits", *(f"max|{name}|" for name in names)]
+    rows = [session.run(wanted, {"image": image[np.newaxis]}) for image in images]
+    if not rows:
+        raise DatasetError("no calibration image to measure FP16 on: give a folder that holds some")
+    largest = np.array([row[1:] for row in rows]).max(0)  # NaN wins
+    return np.concatenate([row[0] for row in rows]), dict(zip(names, map(float, largest), strict=True))
+
+
+def _half_tensors(node: onnx.NodeProto, slots: dict[str, _Slots]) -> list[str]:
+    """What the node would read and write in FP16."""
+    takes, gives = slots.get(node.output[0], _Slots())
+    return [node.input[i] for i in sorted(takes)] + [node.output[i] for i in sorted(gives)]
+
+
+def _overflowing(graph: onnx.GraphProto, slots: dict[str, _Slots], largest: dict[str, float]) -> dict[str, str]:
+    """The nodes that FP16's range keeps in FP32, and why."""
+    return {
+        node.output[0]: f"{name} reaches {largest[name]:.3g}, a quarter of FP16's {_LARGEST:.0f} is safe"
+        for node in graph.node
+        for name in _half_tensors(node, slots)
+        if name in largest and not largest[name] <= _SAFE  # NaN too
+    }
+
+
+def _groups(graph: onnx.GraphProto, nodes: Collection[str]) -> list[list[str]]:
+    """The named nodes in groups: a convolution or matrix product, and what follows it up to the next."""
+    groups: list[list[str]] = []
+    group_of: dict[str, int] = {}  # by tensor
+    for node in graph.node:
+        if node.output[0] not in nodes:
+            continue
+        before = [group_of[name] for name in node.input if name in group_of]
+        if node.op_type in _STARTS_GROUP or not before:
+            before = [len(groups)]
+            groups.append([])
+        index = max(before)
+        groups[index].append(node.output[0])
+        group_of.update(dict.fromkeys(node.output, index))
+    return groups
+
+
+def _fewest(count: int, passes: Callable[[int], bool]) -> int:
+    """The smallest number from 1 to `count` that passes, where more never hurts and `count` is known to pass."""
+    enough = 1
+    while enough < count and not passes(enough):
+        enough *= 2
+    too_few, enough = enough // 2, min(enough, count)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if passes(middle):
+            enough = middle
+        else:
+            too_few = middle
+    return enough
+
+
+def _logits(half: onnx.ModelProto, images: Iterable[_Image]) -> _Logits:
+    """The FP16 graph's logits float32 `(N, C)`, every rounding done."""
+    session = session_from_graph(emulation_from_fp16(half).SerializeToString())
+    return np.concatenate([session.run(["logits"], {"image": image[np.newaxis]})[0] for image in images])
+
+
+def emulation_from_fp16(half: onnx.ModelProto) -> onnx.ModelProto:
+    """An FP16 graph in FP32 types that rounds each tensor to FP16 as soon as a node has written it.
+
+    Made since ONNX Runtime's CPU provider has hardly an FP16 operator on x86: it computes an FP16
+    graph in FP32 and drops the roundings between neighbours, which shows too small an error.
+
+    Covered are the storage of weights and tensors in FP16, overflow to infinity included, with sums
+    inside an operator in FP32: what tensor cores do, and a little more than a compiler rounds that
+    fuses nodes. Not covered: sums in FP16, which some hardware may choose (error grows, and a sum can
+    overflow though its result fits), subnormals flushed to zero, and each kernel's order of adding.
+    """
+    model = copy.deepcopy(half)
+    graph = model.graph
+    halves = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
+    for weight in graph.initializer:
+        if weight.data_type == TensorProto.FLOAT16:
+            values = onnx.numpy_helper.to_array(weight).astype(np.float32)
+            weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    nodes = list(graph.node)
+    del graph.node[:], graph.value_info[:]  # the old types
+    for node in nodes:
+        written = [(position, name) for position, name in enumerate(node.output) if name in halves]
+        if node.op_type == "Cast" and written:
+            _cast_to(node, TensorProto.FLOAT)
+        for position, name in written:
+            node.output[position] = f"{name}_exact"
+        graph.node.append(node)
+        for _, name in written:
+            for source, target, to in (
+                ("_exact", "_rounded", TensorProto.FLOAT16),
+                ("_rounded", "", TensorProto.FLOAT),
+            ):
+                graph.node.append(onnx.helper.make_node("Cast", [name + source], [name + target], to=to))
+    return model
 
 
 def fp16_from_fp32(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
@@ -54,7 +240,7 @@ def fp16_from_fp32(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.M
     slots = [half_slots.get(node.output[0], _Slots()) for node in graph.node]
     floats = _float_tensors(half)
     halves = {node.output[i] for node, (_, gives) in zip(graph.node, slots, strict=True) for i in gives}
-    forms = {  # what each tensor is called in each type
+    forms: dict[int, dict[str, str]] = {  # what each tensor is called in each type
         TensorProto.FLOAT: {name: name for name in floats - halves},
         TensorProto.FLOAT16: {name: name for name in halves} | _halve_weights(graph, slots),
     }
@@ -180,8 +366,12 @@ def _cast_at_borders(
                 nodes.append(onnx.helper.make_node("Cast", [name], [cast], cast, to=to))
             node.input[position] = forms[to][name]
         if node.op_type == "Cast" and gives:
-            (attribute,) = (attribute for attribute in node.attribute if attribute.name == "to")
-            attribute.i = TensorProto.FLOAT16
+            _cast_to(node, TensorProto.FLOAT16)
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _cast_to(cast: onnx.NodeProto, to: int) -> None:
+    (attribute,) = (attribute for attribute in cast.attribute if attribute.name == "to")
+    attribute.i = to

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from thoraxrt.engine.errors import RequestError
+from thoraxrt.engine.errors import DatasetError, RequestError
 from thoraxrt.export.graph import session_from_graph
-from thoraxrt.export.half import fp16_from_fp32
+from thoraxrt.export.half import _fewest, emulation_from_fp16, fp16_by_measurement, fp16_from_fp32
 
 # Operators of networks made elsewhere: gates, Clips that share a bound, shape arithmetic in float.
 TRUNK = """
@@ -116,7 +116,7 @@ def test_each_node_has_the_type_it_was_given(keep: set[str]) -> None:
     casts = [(node.input[0], found[node.output[0]]) for node in half.graph.node if node.op_type == "Cast"]
     assert len(set(casts)) == len(casts)  # one per tensor and direction
     assert not [name for name, to in casts if found[name] == to]
-    np.testing.assert_allclose(logits(half), logits(model), atol=0.005, rtol=0)
+    np.testing.assert_allclose(logits(emulation_from_fp16(half)), logits(model), atol=0.005, rtol=0)
     assert np.ptp(logits(model), axis=0).min() > 0.2  # else agreement would say nothing
 
 
@@ -150,3 +150,97 @@ def test_what_cannot_be_converted_is_refused(trunk: str, head: str, keep: set[st
         drawn["cam_weight"] = np.ones((1, 3, 1, 1), np.float32)
     with pytest.raises(RequestError, match=message):
         fp16_from_fp32(served(trunk, drawn, head), keep)
+
+
+def meets(fp16: np.ndarray, fp32: np.ndarray) -> bool:
+    """An accuracy bar."""
+    return float(np.abs(fp16 - fp32).max()) <= 0.02 * float(np.ptp(fp32))
+
+
+def test_the_emulation_rounds_after_every_node_as_numpy_does() -> None:
+    trunk = """
+        pixels = Cast <to = 1> (image)
+        a = Mul (pixels, third)
+        b = Mul (a, third)
+        features = Mul (b, third)
+    """
+    drawn = {"third": np.float32(1 / 3), "cam_weight": np.ones((3, 1, 1, 1), np.float32), "scale": np.float32(1)}
+    drawn |= {"axes": np.array([2, 3]), "bias": np.zeros(3, np.float32)}
+    emulated = emulation_from_fp16(fp16_from_fp32(served(trunk, drawn)))
+    expected = IMAGES.astype(np.float16)
+    for _ in range(3):
+        expected = expected * np.float16(1 / 3)  # numpy rounds each product
+    cam = session_from_graph(emulated.SerializeToString()).run(["cam"], {"image": IMAGES})[0]
+    np.testing.assert_array_equal(cam[:, :1], expected.astype(np.float32))
+
+
+# Three convolutions; the second may reach far, or carry its signal on a large offset.
+CHAIN = """
+    pixels = Cast <to = 1> (image)
+    first = Conv <pads = [1, 1, 1, 1]> (pixels, first_weight)
+    first_relu = Relu (first)
+    second = Conv <pads = [1, 1, 1, 1]> (first_relu, second_weight)
+    raised = Add (second, offset)
+    lowered = Sub (raised, offset)
+    second_relu = Relu (lowered)
+    third = Conv <pads = [1, 1, 1, 1]> (second_relu, third_weight)
+    features = Relu (third)
+"""
+
+
+def chain(gain: float, offset: float) -> onnx.ModelProto:
+    """`gain` is the second convolution's, which the third takes back."""
+    rng = np.random.default_rng(2)
+    shapes = {
+        "first_weight": (4, 1, 3, 3),
+        "second_weight": (4, 4, 3, 3),
+        "third_weight": (4, 4, 3, 3),
+        "cam_weight": (3, 4, 1, 1),
+    }
+    drawn = {name: rng.uniform(-0.05, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
+    drawn["second_weight"] *= np.float32(gain)
+    drawn["third_weight"] /= np.float32(gain)
+    drawn |= {"offset": np.float32(offset), "scale": np.float32(1 / 64), "axes": np.array([2, 3])}
+    return served(CHAIN, drawn | {"bias": np.zeros(3, np.float32)})
+
+
+def test_a_healthy_network_keeps_nothing_after_one_comparison() -> None:
+    calls = []
+    half = fp16_by_measurement(chain(1, 0), lambda: IMAGES, lambda *pair: bool(calls.append(pair)) or meets(*pair))
+    assert half.kept == ()
+    assert half.model == fp16_from_fp32(chain(1, 0))
+    assert len(calls) == 2  # FP32 with itself, FP16 with FP32
+
+
+def test_nodes_that_overflow_stay_in_fp32_and_accuracy_returns() -> None:
+    model = chain(200, 0)
+    plain = session_from_graph(emulation_from_fp16(fp16_from_fp32(model)).SerializeToString())
+    assert not np.isfinite(plain.run(["logits"], {"image": IMAGES})[0]).all()
+    half = fp16_by_measurement(model, lambda: IMAGES, meets)
+    assert half.kept == ("second", "raised", "lowered", "second_relu", "third")
+    assert all("reaches" in reason for reason in half.why.values())
+    found = logits(emulation_from_fp16(half.model))
+    np.testing.assert_allclose(found, logits(model), atol=0.02 * np.ptp(logits(model)), rtol=0)
+
+
+def test_the_search_keeps_only_the_group_that_costs_accuracy() -> None:
+    model = chain(0.02, 15_000)  # FP16 counts by eights there, and the signal spans seven
+    assert not meets(logits(emulation_from_fp16(fp16_from_fp32(model))), logits(model))
+    half = fp16_by_measurement(model, lambda: IMAGES, meets)
+    assert half.kept == ("second", "raised", "lowered", "second_relu")
+    assert meets(logits(emulation_from_fp16(half.model)), logits(model))
+
+
+@given(count=st.integers(1, 40), needed=st.integers(1, 40))
+def test_the_fewest_is_found_and_all_is_never_tried(count: int, needed: int) -> None:
+    needed, tried = min(count, needed), []
+    assert _fewest(count, lambda n: bool(tried.append(n)) or n >= needed) == needed
+    assert count not in tried
+    assert len(tried) <= 2 * count.bit_length()
+
+
+def test_measuring_needs_images_and_a_bar_that_fp32_meets() -> None:
+    with pytest.raises(DatasetError, match="no calibration image"):
+        fp16_by_measurement(chain(1, 0), lambda: [], meets)
+    with pytest.raises(RequestError, match="misses the accuracy bar"):
+        fp16_by_measurement(chain(1, 0), lambda: IMAGES, lambda *_: False)
