@@ -49,6 +49,12 @@ class CxrNetwork(nn.Module, ABC):
     def trunk(self, stem_output: Tensor) -> Tensor:
         """The last feature map `(N, F, h, w)`, after its ReLU, for the stem convolution's output."""
 
+    def keep_outputs(self, indices: Sequence[int]) -> None:
+        """Drop every output but these, in this order; their logits stay what they were."""
+        self.head.weight = nn.Parameter(self.head.weight.detach()[list(indices)])
+        self.head.bias = nn.Parameter(self.head.bias.detach()[list(indices)])
+        self.head.out_features = len(indices)
+
     def feature_map(self, x: Tensor) -> Tensor:
         """The last feature map `(N, F, h, w)`, after its ReLU, for a batch of inputs."""
         return self.trunk(self.stem(x))
