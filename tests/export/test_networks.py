@@ -152,3 +152,14 @@ def test_a_state_that_fits_nothing_is_refused(change: dict[str, Tensor | None], 
 def test_half_precision_weights_become_float32() -> None:
     state = {key: t.half() if t.is_floating_point() else t for key, t in small_state().items()}
     assert network_from_state(state).head.weight.dtype is torch.float32
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_outputs_are_kept_as_they_were(index: int) -> None:
+    network = small_networks()[index].eval()
+    image = torch.randn(2, network.stem.in_channels, 64, 64)
+    before = network(image)
+    network.keep_outputs([1, 0])
+    torch.testing.assert_close(network(image), before[:, [1, 0]], rtol=0, atol=1e-6)
+    assert network.head.out_features == 2
+    assert network_from_state(network.state_dict()).head.out_features == 2
