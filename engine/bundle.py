@@ -7,20 +7,25 @@ Nothing from it reaches a runtime before its sha256 has been compared with the m
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 import msgspec
 
 from thoraxrt.engine.boxes import BoxSpec
-from thoraxrt.engine.errors import BundleError
+from thoraxrt.engine.errors import BundleError, SignatureError
 from thoraxrt.engine.postprocess import Activation, OperatingPoint, SigmoidOpNorm, Softmax
 from thoraxrt.engine.preprocess import PreprocessSpec
+from thoraxrt.engine.trust import verify
 
 __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
+    "SIGNATURE",
     "Agreement",
     "Bundle",
     "Calibration",
@@ -30,10 +35,22 @@ __all__ = [
     "Manifest",
     "Network",
     "Recommended",
+    "Skew",
+    "TrainedWith",
 ]
 
 MANIFEST: Final = "manifest.json"
+SIGNATURE: Final = "manifest.sig"
 SCHEMA_VERSION: Final = 1
+
+_MANIFEST_BYTES: Final = 16 << 20
+"""No manifest is larger: a real one has some 10 kB, and 64 for each image that INT8 was calibrated on."""
+
+_Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+_Cells = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+
+TrainedWith = Literal["skimage", "opencv-area", "opencv-linear", "ten-crop"]
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,18 +60,18 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class FileEntry(_Strict, frozen=True):
     """One file of the bundle: lower-case hex sha256 and size in bytes."""
 
-    sha256: str
-    size: int
+    sha256: _Sha256
+    size: _Count
 
 
 class Network(_Strict, frozen=True):
     """The network: its name, CAM size in cells, and the classifier's bias per label (float32)."""
 
     name: str
-    cam_height: int
-    cam_width: int
+    cam_height: _Cells
+    cam_width: _Cells
     bias: tuple[float, ...]
-    checkpoint_sha256: str
+    checkpoint_sha256: _Sha256
 
 
 class Check(_Strict, frozen=True):
@@ -113,6 +130,23 @@ class Calibration(_Strict, frozen=True):
     quantised: int
 
 
+class Skew(_Strict, frozen=True):
+    """What serving with another geometry than training's costs, measured on torch's network.
+
+    `trained_with`: what training, or the validation that is to be reproduced, did instead of
+    Pillow's resize and one centre crop (`thoraxrt.export.skew` says exactly what). Differences
+    are absolute, over `images` and all findings: in probability, and the largest in log-odds
+    (for sigmoid and op-norm the logit).
+    """
+
+    trained_with: TrainedWith
+    mean_probability_difference: float
+    max_probability_difference: float
+    max_logit_difference: float
+    images: int
+    data: str
+
+
 class Recommended(_Strict, frozen=True):
     """What runs when nobody names a backend or a precision."""
 
@@ -125,7 +159,8 @@ class Manifest(_Strict, frozen=True, kw_only=True):
 
     `labels`, `network.bias` and `operating_points` share one order. `checks`, `agreement` and
     `kept_in_fp32` are keyed by precision, `files` by name. `kept_in_fp32` names the graph's nodes that
-    measurement kept in FP32 at a lower precision.
+    measurement kept in FP32 at a lower precision. `skew` is None where no other geometry than this
+    one is known to have been trained with.
     """
 
     schema_version: int
@@ -136,6 +171,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     boxes: BoxSpec
     operating_points: tuple[OperatingPoint, ...]
     checks: dict[str, Check]
+    skew: Skew | None = None
     calibration: Calibration | None = None
     agreement: dict[str, Agreement] = {}
     kept_in_fp32: dict[str, tuple[str, ...]] = {}
@@ -158,8 +194,13 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         if unknown := set(self.boxes.per_finding) - set(self.labels):
             raise ValueError(f"boxes.per_finding names {', '.join(sorted(unknown))}, no label of this model")
         for name in self.files:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in (MANIFEST, SIGNATURE):
                 raise ValueError(f"file name {name!r}: expected a plain name in the bundle's folder")
+        for precision in (*self.checks, *([self.recommended.precision] if self.recommended else [])):
+            if Bundle.graph_name(precision) not in self.files:
+                raise ValueError(
+                    f"{precision!r} is checked or recommended, files has no {Bundle.graph_name(precision)!r}"
+                )
 
 
 class Bundle:
@@ -172,16 +213,20 @@ class Bundle:
         """Of `manifest.json` itself: it covers every other file, so it names the bundle."""
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Read a bundle's manifest. Raises BundleError where it is missing, damaged or of another schema."""
+    def open(cls, path: str | Path, trusted: Sequence[Path] | None = None) -> Self:
+        """Read a bundle's manifest. Raises BundleError where it is missing, damaged or of another schema.
+
+        `trusted` are public keys (see `thoraxrt.engine.trust.verify`); where they are given, `manifest.sig`
+        must be by one of them, else SignatureError. It covers the manifest, which covers every other file.
+        """
         path = Path(path)
-        try:
-            data = (path / MANIFEST).read_bytes()
-        except OSError as error:
-            raise BundleError(
-                f"{path} is not a bundle: {MANIFEST} cannot be read ({error.strerror}); "
-                "`thoraxrt export CHECKPOINT --out BUNDLE` writes one"
-            ) from error
+        data = _read(
+            path / MANIFEST,
+            _MANIFEST_BYTES,
+            f"{path} is not a bundle; `thoraxrt export CHECKPOINT --out BUNDLE` writes one",
+        )
+        if trusted is not None:
+            _verify(path, data, trusted)
         return cls(path, _manifest(data, path), hashlib.sha256(data).hexdigest())
 
     @staticmethod
@@ -194,12 +239,7 @@ class Bundle:
         entry = self.manifest.files.get(name)
         if entry is None:
             raise BundleError(f"{self.path} holds no {name}; it holds {', '.join(self.manifest.files)}")
-        try:
-            data = (self.path / name).read_bytes()
-        except OSError as error:
-            raise BundleError(
-                f"{self.path / name} cannot be read: {error.strerror}; export the bundle again"
-            ) from error
+        data = _read(self.path / name, entry.size, "copy or export the bundle again")
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BundleError(
                 f"{self.path / name} is not the file that was exported ({len(data)} bytes, sha256 differs; "
@@ -211,6 +251,32 @@ class Bundle:
         """Compare every file with the manifest. Raises BundleError at the first that differs."""
         for name in self.manifest.files:
             self.read(name)
+
+
+def _read(path: Path, largest: int, remedy: str) -> bytes:
+    """A regular file's bytes. Raises BundleError where it is none, or larger than `largest` bytes.
+
+    Neither a pipe nor a device in a file's place may keep the reader waiting.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BundleError(f"{path} is no regular file; {remedy}")
+            if status.st_size > largest:
+                raise BundleError(f"{path} has {status.st_size} bytes, expected at most {largest}; {remedy}")
+            return file.read(status.st_size)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
+
+
+def _verify(path: Path, manifest: bytes, trusted: Sequence[Path]) -> None:
+    """Return where a trusted key signed the manifest. Raises SignatureError."""
+    try:
+        signature = _read(path / SIGNATURE, 64, "`thoraxrt sign BUNDLE --key private.pem` writes it")
+        verify(manifest, signature, trusted)
+    except BundleError as error:
+        raise SignatureError(f"{path / MANIFEST} has no trusted signature in {SIGNATURE}: {error}") from error
 
 
 class _Version(msgspec.Struct):
@@ -227,5 +293,7 @@ def _manifest(data: bytes, path: Path) -> Manifest:
                 f"{'update thoraxrt' if version > SCHEMA_VERSION else 'export the bundle again'}"
             )
         return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{path / MANIFEST} is damaged: {error}; copy or export the bundle again") from error
+    except (ValueError, RecursionError) as error:  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
+        raise BundleError(
+            f"{path / MANIFEST} is damaged: {str(error)[:300]}; copy or export the bundle again"
+        ) from error

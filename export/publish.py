@@ -1,7 +1,7 @@
 """How a bundle appears on disk: whole, under its name, or not at all.
 
-Owns the temporary folders beside a bundle, their locks, and the exchange. Knows nothing of what a
-bundle holds, beyond the name of its manifest.
+Owns the temporary folders beside a bundle, their locks, the exchange, and the signature that may join
+a bundle later. Knows nothing of what a bundle holds beyond its manifest.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from thoraxrt.engine.bundle import MANIFEST
+from thoraxrt.engine.bundle import MANIFEST, SIGNATURE, Bundle
 from thoraxrt.engine.errors import BundleError
+from thoraxrt.engine.trust import sign
 
-__all__ = ["publish", "refuse_to_overwrite"]
+__all__ = ["publish", "refuse_to_overwrite", "sign_bundle"]
 
 _UNFINISHED: Final = ".unfinished"
 # linux/fs.h, fcntl.h
@@ -72,6 +75,27 @@ def publish(files: dict[str, bytes], out: Path, *, replace: bool) -> None:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)  # the old bundle after an exchange, else what is left of a failure
     _remove_unfinished(out)
+
+
+def sign_bundle(bundle: Bundle, key: Path) -> None:
+    """Write `manifest.sig`: the 64-byte Ed25519 signature of `manifest.json`, instead of one that is there.
+
+    Every file is compared with the manifest first. Raises BundleError where one differs or the bundle
+    cannot be written, SignatureError where `key` is no private key.
+    """
+    bundle.verify()
+    path, manifest = bundle.path / SIGNATURE, (bundle.path / MANIFEST).read_bytes()
+    if hashlib.sha256(manifest).hexdigest() != bundle.sha256:
+        raise BundleError(f"{bundle.path / MANIFEST} changed while it was read; sign the bundle again")
+    signature = sign(manifest, key)
+    made = path.with_name(f".{SIGNATURE}.{secrets.token_hex(8)}")
+    try:
+        _write(made, signature)
+        made.replace(path)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        made.unlink(missing_ok=True)
 
 
 def _write(path: Path, data: bytes) -> None:

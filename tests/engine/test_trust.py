@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519, x25519
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,27 +24,22 @@ from thoraxrt.engine.errors import SignatureError
 from thoraxrt.engine.trust import machine_tag, machine_tag_matches, sign, verify
 
 
-def make_keys(folder: Path) -> tuple[Path, Path]:
-    """A key pair as the help text says to make it."""
-    private, public = folder / "private.pem", folder / "public.pem"
-    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", private], check=True)
-    subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True)
-    return private, public
-
-
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_keys(tmp_path_factory.mktemp("keys"))
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another's public key."""
+    path = tmp_path_factory.mktemp("stranger") / "stranger.pem"
+    key = ed25519.Ed25519PrivateKey.generate().public_key()
+    path.write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return path
 
 
-def test_a_signature_by_a_trusted_key(keys: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_signature_by_a_trusted_key(keys: tuple[Path, Path], stranger: Path, tmp_path: Path) -> None:
     private, public = keys
     signature = sign(b"data", private)
     assert len(signature) == 64
     verify(b"data", signature, [public])
     trusted = tmp_path / "trusted"
     trusted.mkdir()
-    _, stranger = make_keys(tmp_path)
     (trusted / "a.pem").write_bytes(stranger.read_bytes())
     (trusted / "b.pem").write_bytes(public.read_bytes())
     (trusted / "README").write_text("no key, and not taken for one")
@@ -58,10 +59,11 @@ def test_any_other_data_or_signature_is_refused(keys: tuple[Path, Path], data: b
         verify(data, bytes(flipped), [public])
 
 
-def test_a_stranger_no_key_and_an_odd_length_are_refused(keys: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_stranger_no_key_and_an_odd_length_are_refused(
+    keys: tuple[Path, Path], stranger: Path, tmp_path: Path
+) -> None:
     private, public = keys
     signature = sign(b"data", private)
-    _, stranger = make_keys(tmp_path)
     (tmp_path / "empty").mkdir()
     for trusted in ([stranger], [tmp_path / "empty"], []):
         with pytest.raises(SignatureError, match="made this signature"):

@@ -14,10 +14,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from thoraxrt.engine.bundle import MANIFEST, Bundle
-from thoraxrt.engine.errors import BundleError
+from thoraxrt.engine.bundle import MANIFEST, SIGNATURE, Bundle
+from thoraxrt.engine.errors import BundleError, SignatureError
 from thoraxrt.export.networks import ResNet
-from thoraxrt.export.publish import publish
+from thoraxrt.export.publish import publish, sign_bundle
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -314,3 +314,30 @@ def test_a_symbolic_link_is_written_through(old: Path, new: Path) -> None:
     publish(files_of(new), link, replace=True)
     assert link.is_symlink()
     assert files_of(old) == files_of(new)
+
+
+def test_a_signature_joins_the_bundle_and_openssl_agrees(old: Path, keys: tuple[Path, Path]) -> None:
+    private, public = keys
+    before = files_of(old)
+    sign_bundle(Bundle.open(old), private)
+    sign_bundle(Bundle.open(old), private)  # again: the new one takes the place of the old
+    assert files_of(old) == {**before, SIGNATURE: (old / SIGNATURE).read_bytes()}
+    assert Bundle.open(old, trusted=[public]).sha256 == Bundle.open(old).sha256
+    files: list[str | Path] = ["-inkey", public, "-rawin", "-in", old / MANIFEST, "-sigfile", old / SIGNATURE]
+    subprocess.run(["openssl", "pkeyutl", "-verify", "-pubin", *files], check=True, capture_output=True)
+
+
+def test_what_is_damaged_is_not_signed(old: Path, new: Path, keys: tuple[Path, Path]) -> None:
+    private, public = keys
+    with pytest.raises(SignatureError, match="holds no unencrypted private key"):
+        sign_bundle(Bundle.open(old), public)
+    opened = Bundle.open(old)
+    (old / MANIFEST).chmod(0o644)
+    (old / MANIFEST).write_bytes(files_of(new)[MANIFEST])
+    with pytest.raises(BundleError, match="changed while it was read"):
+        sign_bundle(opened, private)
+    (old / "model.fp32.onnx").chmod(0o644)
+    (old / "model.fp32.onnx").write_bytes(b"")
+    with pytest.raises(BundleError, match="is not the file that was exported"):
+        sign_bundle(Bundle.open(old), private)
+    assert set(files_of(old)) == {MANIFEST, "model.fp32.onnx", "model.fp16.onnx"}
