@@ -88,18 +88,10 @@ def fp16_by_measurement(
         return bool(np.isfinite(fp16).all()) and meets(fp16, fp32)
 
     if not passes(why):
-        groups = _groups(model.graph, slots.keys() - why.keys())
-        few = list(islice(images(), _RANKING_IMAGES))
-        costs = []
-        for group in track(groups, "Finding what FP16 costs", len(groups)):
-            alone = _logits(fp16_from_fp32(model, slots.keys() - set(group)), few)
-            # Infinities and NaN cost most.
-            costs.append(float(np.nan_to_num(np.abs(alone - fp32[: len(few)]), nan=np.inf).mean()))
-        order = sorted(range(len(groups)), key=lambda index: -costs[index])
-        count = _fewest(len(groups), lambda count: passes({*why, *chain(*(groups[i] for i in order[:count]))}))
-        for index in order[:count]:
-            reason = f"its group alone in FP16 moves a logit by {costs[index]:.2g} on average"
-            why |= dict.fromkeys(groups[index], reason)
+        ranked = _costliest_first(model, slots, why, images, fp32, track)
+        count = _fewest(len(ranked), lambda count: passes({*why, *chain(*(group for _, group in ranked[:count]))}))
+        for cost, group in ranked[:count]:
+            why |= dict.fromkeys(group, f"its group alone in FP16 moves a logit by {cost:.2g} on average")
     return Half(model=fp16_from_fp32(model, why), why=why)
 
 
@@ -119,11 +111,15 @@ def _ranges(
         model.graph.output.append(onnx.helper.make_tensor_value_info(f"max|{name}|", TensorProto.FLOAT, []))
     session = session_from_graph(model.SerializeToString())
     wanted = ["logits", *(f"max|{name}|" for name in names)]
-    rows = [session.run(wanted, {"image": image[np.newaxis]}) for image in images]
+    rows: list[_Logits] = []
+    largest = np.zeros(len(names), np.float32)
+    for image in images:
+        logits, *reached = session.run(wanted, {"image": image[np.newaxis]})
+        rows.append(logits)
+        np.maximum(largest, reached, out=largest)  # NaN wins
     if not rows:
         raise DatasetError("no calibration image to measure FP16 on: give a folder that holds some")
-    largest = np.array([row[1:] for row in rows]).max(0)  # NaN wins
-    return np.concatenate([row[0] for row in rows]), dict(zip(names, map(float, largest), strict=True))
+    return np.concatenate(rows), dict(zip(names, map(float, largest), strict=True))
 
 
 def _half_tensors(node: onnx.NodeProto, slots: dict[str, _Slots]) -> list[str]:
@@ -140,6 +136,25 @@ def _overflowing(graph: onnx.GraphProto, slots: dict[str, _Slots], largest: dict
         for name in _half_tensors(node, slots)
         if name in largest and not largest[name] <= _SAFE  # NaN too
     }
+
+
+def _costliest_first(
+    model: onnx.ModelProto,
+    slots: dict[str, _Slots],
+    kept: Collection[str],
+    images: Callable[[], Iterable[_Image]],
+    fp32: _Logits,
+    track: Track,
+) -> list[tuple[float, list[str]]]:
+    """Each group of the nodes not kept, with the mean logit error on a few images when it alone is FP16."""
+    groups = _groups(model.graph, slots.keys() - kept)
+    few = list(islice(images(), _RANKING_IMAGES))
+    ranked: list[tuple[float, list[str]]] = []
+    for group in track(groups, "Finding what FP16 costs", len(groups)):
+        alone = _logits(fp16_from_fp32(model, slots.keys() - set(group)), few)
+        error = float(np.abs(alone - fp32[: len(few)]).mean())
+        ranked.append((error if np.isfinite(error) else np.inf, group))
+    return sorted(ranked, key=lambda pair: -pair[0])
 
 
 def _groups(graph: onnx.GraphProto, nodes: Collection[str]) -> list[list[str]]:
@@ -193,7 +208,7 @@ def emulation_from_fp16(half: onnx.ModelProto) -> onnx.ModelProto:
     """
     model = copy.deepcopy(half)
     graph = model.graph
-    halves = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
+    halves = _tensors(half, TensorProto.FLOAT16)
     for weight in graph.initializer:
         if weight.data_type == TensorProto.FLOAT16:
             values = onnx.numpy_helper.to_array(weight).astype(np.float32)
@@ -238,7 +253,7 @@ def fp16_from_fp32(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.M
     kept = {*keep, *_unfit(graph)}
     half_slots = {name: slots for name, slots in _half_slots(half).items() if name not in kept}
     slots = [half_slots.get(node.output[0], _Slots()) for node in graph.node]
-    floats = _float_tensors(half)
+    floats = _tensors(half, TensorProto.FLOAT)
     halves = {node.output[i] for node, (_, gives) in zip(graph.node, slots, strict=True) for i in gives}
     forms: dict[int, dict[str, str]] = {  # what each tensor is called in each type
         TensorProto.FLOAT: {name: name for name in floats - halves},
@@ -260,12 +275,12 @@ def _lift_constants(graph: onnx.GraphProto) -> None:
             graph.node.remove(node)
 
 
-def _float_tensors(model: onnx.ModelProto) -> set[str]:
-    """The names of all FP32 tensors, weights included."""
+def _tensors(model: onnx.ModelProto, data_type: int) -> set[str]:
+    """The names of all tensors of a type, weights included."""
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     values = [*graph.input, *graph.value_info, *graph.output]
-    names = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
-    return names | {weight.name for weight in graph.initializer if weight.data_type == TensorProto.FLOAT}
+    names = {value.name for value in values if value.type.tensor_type.elem_type == data_type}
+    return names | {weight.name for weight in graph.initializer if weight.data_type == data_type}
 
 
 def _unfit(graph: onnx.GraphProto) -> dict[str, str]:
@@ -283,7 +298,7 @@ def _unfit(graph: onnx.GraphProto) -> dict[str, str]:
 
 def _half_slots(model: onnx.ModelProto) -> dict[str, _Slots]:
     """The nodes that could be FP16: those of the trunk that pixels pass through and that have an FP16 form."""
-    floats, versions = _float_tensors(model), {opset.domain: opset.version for opset in model.opset_import}
+    floats, versions = _tensors(model, TensorProto.FLOAT), {opset.domain: opset.version for opset in model.opset_import}
     trunk, pixels = _trunk(model.graph), {entry.name for entry in model.graph.input}
     found: dict[str, _Slots] = {}
     for node in model.graph.node:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -9,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
+from thoraxrt.engine.bundle import Bundle
+from thoraxrt.engine.decode import decode
 from thoraxrt.engine.errors import DatasetError, RequestError
+from thoraxrt.engine.preprocess import network_input
 from thoraxrt.export.graph import session_from_graph
 from thoraxrt.export.half import _fewest, emulation_from_fp16, fp16_by_measurement, fp16_from_fp32
 
@@ -120,6 +126,46 @@ def test_each_node_has_the_type_it_was_given(keep: set[str]) -> None:
     assert np.ptp(logits(model), axis=0).min() > 0.2  # else agreement would say nothing
 
 
+STEPS = (
+    "Relu ({0})", "Sigmoid ({0})", "HardSwish ({0})", "Clip ({0}, zero, scale)", "Mul ({0}, scale)", "Add ({0}, {1})",
+    "Mul ({0}, {1})", "Conv <pads = [1, 1, 1, 1]> ({0}, weight, beta)", "ReduceMean <keepdims = 1> ({0}, axes)",
+)  # fmt: skip
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(STEPS), st.integers(0), st.integers(0), st.booleans()), min_size=1, max_size=12
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_any_graph_is_typed_as_asked(steps: list[tuple[str, int, int, bool]]) -> None:
+    names = ["level", *(f"step{index}" for index in range(len(steps)))]
+    lines = [
+        f"{names[i + 1]} = {step.format(names[a % (i + 1)], names[b % (i + 1)])}"
+        for i, (step, a, b, _) in enumerate(steps)
+    ]
+    trunk = [
+        "pixels = Cast <to = 1> (image)",
+        "level = Mul (pixels, scale)",
+        *lines,
+        f"features = Sum ({', '.join(names)})",
+    ]
+    drawn = {
+        "weight": np.full((1, 1, 3, 3), 0.1, np.float32),
+        "beta": np.full(1, 0.1, np.float32),
+        "zero": np.float32(0),
+    }
+    drawn |= {"cam_weight": np.ones((3, 1, 1, 1), np.float32), "bias": np.zeros(3, np.float32)}
+    model = served("\n".join(trunk), drawn | {"scale": np.float32(1 / 256), "axes": np.array([2, 3])})
+    keep = {names[i + 1] for i, (*_, kept) in enumerate(steps) if kept}
+    half = fp16_from_fp32(model, keep)
+    found = types(half)
+    for name in names:
+        assert found[name] == (TensorProto.FLOAT if name in keep else TensorProto.FLOAT16), name
+    np.testing.assert_allclose(logits(emulation_from_fp16(half)), logits(model), atol=1e-3, rtol=5e-3)
+    np.testing.assert_allclose(logits(half), logits(model), atol=1e-3, rtol=5e-3)  # ONNX Runtime takes it as it is
+
+
 def test_the_same_graph_gives_the_same_bytes() -> None:
     first, second = (fp16_from_fp32(served(TRUNK, weights()), {"fc1", "norm", "large"}) for _ in range(2))
     assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
@@ -188,7 +234,22 @@ CHAIN = """
 """
 
 
-def chain(gain: float, offset: float) -> onnx.ModelProto:
+# In place of the offset: (a x) ((a x) / (a a x)) is x, unless a a x vanishes.
+VANISHING = CHAIN.replace(
+    """
+    raised = Add (second, offset)
+    lowered = Sub (raised, offset)
+""",
+    """
+    tiny = Mul (second, offset)
+    tinier = Mul (tiny, offset)
+    inverse = Div (tiny, tinier)
+    lowered = Mul (inverse, tiny)
+""",
+)
+
+
+def chain(gain: float, offset: float, trunk: str = CHAIN) -> onnx.ModelProto:
     """`gain` is the second convolution's, which the third takes back."""
     rng = np.random.default_rng(2)
     shapes = {
@@ -201,7 +262,7 @@ def chain(gain: float, offset: float) -> onnx.ModelProto:
     drawn["second_weight"] *= np.float32(gain)
     drawn["third_weight"] /= np.float32(gain)
     drawn |= {"offset": np.float32(offset), "scale": np.float32(1 / 64), "axes": np.array([2, 3])}
-    return served(CHAIN, drawn | {"bias": np.zeros(3, np.float32)})
+    return served(trunk, drawn | {"bias": np.zeros(3, np.float32)})
 
 
 def test_a_healthy_network_keeps_nothing_after_one_comparison() -> None:
@@ -223,11 +284,20 @@ def test_nodes_that_overflow_stay_in_fp32_and_accuracy_returns() -> None:
     np.testing.assert_allclose(found, logits(model), atol=0.02 * np.ptp(logits(model)), rtol=0)
 
 
-def test_the_search_keeps_only_the_group_that_costs_accuracy() -> None:
-    model = chain(0.02, 15_000)  # FP16 counts by eights there, and the signal spans seven
-    assert not meets(logits(emulation_from_fp16(fp16_from_fp32(model))), logits(model))
+@pytest.mark.parametrize(
+    ("model", "kept"),
+    [
+        # FP16 counts by eights at 15,000, and the signal spans seven.
+        (chain(0.02, 15_000), ("second", "raised", "lowered", "second_relu")),
+        (chain(0.02, 1e-4, VANISHING), ("second", "tiny", "tinier", "inverse", "lowered", "second_relu")),
+    ],
+    ids=["cancellation", "infinity"],
+)
+def test_the_search_keeps_only_the_group_that_costs_accuracy(model: onnx.ModelProto, kept: tuple[str, ...]) -> None:
+    plain = logits(emulation_from_fp16(fp16_from_fp32(model)))
+    assert not (np.isfinite(plain).all() and meets(plain, logits(model)))
     half = fp16_by_measurement(model, lambda: IMAGES, meets)
-    assert half.kept == ("second", "raised", "lowered", "second_relu")
+    assert half.kept == kept
     assert meets(logits(emulation_from_fp16(half.model)), logits(model))
 
 
@@ -244,3 +314,15 @@ def test_measuring_needs_images_and_a_bar_that_fp32_meets() -> None:
         fp16_by_measurement(chain(1, 0), lambda: [], meets)
     with pytest.raises(RequestError, match="misses the accuracy bar"):
         fp16_by_measurement(chain(1, 0), lambda: IMAGES, lambda *_: False)
+
+
+def test_the_real_network_is_healthy(chexnet_bundle: Bundle, nih_images: list[Path]) -> None:
+    def images() -> Iterator[np.ndarray]:
+        for path in nih_images[::140]:
+            yield network_input(decode(path.read_bytes()).pixels, chexnet_bundle.manifest.preprocess)
+
+    def close(fp16: np.ndarray, fp32: np.ndarray) -> bool:
+        return bool(np.abs(fp16 - fp32).max() < 0.01)
+
+    half = fp16_by_measurement(onnx.load_model_from_string(chexnet_bundle.read("model.fp32.onnx")), images, close)
+    assert half.kept == ()
