@@ -21,6 +21,7 @@ from thoraxrt.export.networks import CxrNetwork, DenseNet, ResNet
 
 Folder = Callable[..., Path]
 
+NAME = "resnet-1x1-basic-w8"  # small, where timm would have resnet18
 PRETRAINED = {  # of timm/densenet121.tv_in1k
     "tag": "tv_in1k",
     "custom_load": False,
@@ -37,21 +38,21 @@ PRETRAINED = {  # of timm/densenet121.tv_in1k
     "classifier": "fc",
 }
 TIMM = {
-    "architecture": "resnet18",
+    "architecture": NAME,
     "num_classes": 3,
-    "num_features": 512,
+    "num_features": 16,
     "global_pool": "avg",
     "label_names": ["Effusion", "Mass", "Nodule"],
     "model_args": {"num_classes": 3},
     "pretrained_cfg": PRETRAINED,
 }
-FLAT = {"architecture": "resnet18", "num_features": 512, **PRETRAINED}  # as timm wrote it before 0.9
+FLAT = {"architecture": NAME, "num_features": 16, **PRETRAINED}  # as timm wrote it before 0.9
 
 
 @pytest.fixture(scope="module")
 def network() -> CxrNetwork:
     torch.manual_seed(0)
-    network = ResNet(num_classes=3)  # resnet18
+    network = ResNet((1, 1), width=8, num_classes=3)
     network(torch.randn(4, 3, 64, 64))  # running statistics of its own
     return network.eval()
 
@@ -156,8 +157,8 @@ def test_the_sha256_is_the_weights_files(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        ({**TIMM, "architecture": "resnetblur18"}, "says resnetblur18 with avg pooling; .* read as resnet18"),
-        ({**TIMM, "model_args": {"act_layer": "silu"}}, "resnet18 with avg pooling, act_layer;"),
+        ({**TIMM, "architecture": "resnetblur18"}, f"says resnetblur18 with avg pooling; .* read as {NAME}"),
+        ({**TIMM, "model_args": {"act_layer": "silu"}}, f"{NAME} with avg pooling, act_layer;"),
         ({**TIMM, "global_pool": "max"}, "with max pooling"),
         ({**TIMM, "label_names": ["Mass"]}, "names 1 outputs, its network has 3"),
         ({"id2label": {"0": "Mass", "1": "Nodule", "7": "Hernia"}}, "numbers its labels 0, 1, 7; expected 0 to 2"),
