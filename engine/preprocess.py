@@ -15,7 +15,7 @@ from PIL import Image
 
 from thoraxrt.engine.errors import ImageLimitError
 
-__all__ = ["Exact", "Geometry", "PreprocessSpec", "Shorter", "network_input"]
+__all__ = ["Exact", "Geometry", "PreprocessSpec", "Shorter", "network_input", "resized"]
 
 
 class Exact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="exact", tag_field="mode"):
@@ -138,6 +138,11 @@ class Geometry(msgspec.Struct, frozen=True, kw_only=True):
     top: int
     size: int
 
+    def source(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The part of the source `(H, W)` that is resized, a view."""
+        bottom, right = self.source_top + self.source_height, self.source_left + self.source_width
+        return pixels[self.source_top : bottom, self.source_left : right]
+
     def source_x(self, x: float) -> float:
         """The source's x for a network input x in 0..size."""
         return self.source_left + (x + self.left) * self.source_width / self.resized_width
@@ -152,15 +157,20 @@ def network_input(pixels: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.ND
 
     `pixels` is uint8 `(H, W)`, 0 black to 255 white; the result uint8 `(1, S, S)`, same range.
     Raises ImageLimitError for a sliver (see `PreprocessSpec.geometry`).
+    """
+    height, width = pixels.shape
+    g = spec.geometry(width, height)
+    cropped = resized(pixels, g)[g.top : g.top + g.size, g.left : g.left + g.size]
+    return np.ascontiguousarray(cropped)[np.newaxis]  # (1, S, S)
+
+
+def resized(pixels: npt.NDArray[np.uint8], geometry: Geometry) -> npt.NDArray[np.uint8]:
+    """The whole resized image that the network's input is cut from, uint8 `(resized_height, resized_width)`.
 
     Pillow resamples rows, rounds to uint8, then columns; but from 13.0 on it takes columns first
     where the height shrinks more than twice as much as the width, which rounds differently. One
     call per axis keeps the order that every model so far was trained with.
     """
-    height, width = pixels.shape
-    g = spec.geometry(width, height)
-    source = pixels[g.source_top : g.source_top + g.source_height, g.source_left : g.source_left + g.source_width]
-    rows = Image.fromarray(source).resize((g.resized_width, g.source_height), Image.Resampling.BILINEAR)
-    resized = rows.resize((g.resized_width, g.resized_height), Image.Resampling.BILINEAR)
-    cropped = resized.crop((g.left, g.top, g.left + g.size, g.top + g.size))
-    return np.asarray(cropped)[np.newaxis]  # (1, S, S)
+    source = Image.fromarray(geometry.source(pixels))
+    rows = source.resize((geometry.resized_width, source.height), Image.Resampling.BILINEAR)
+    return np.asarray(rows.resize((geometry.resized_width, geometry.resized_height), Image.Resampling.BILINEAR))
