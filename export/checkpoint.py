@@ -44,8 +44,8 @@ class Checkpoint:
 
     `sha256` is the file's, for a folder its weights' (shards one after another, in order of name).
     `labels` name the outputs in order; `op_thresholds` are TorchXRayVision's operating points, one
-    probability in 0..1 per label. `trained_resize` names training's resize where it is not Pillow's
-    bilinear, which `preprocess` stands in for: the two differ, by how much is for export to measure.
+    probability in 0..1 per label. `trained_with` names training's resize (`skimage`, `pillow-bicubic`)
+    where it is not Pillow's bilinear, which `preprocess` stands in for: export is to measure the skew.
     """
 
     network: CxrNetwork
@@ -54,7 +54,7 @@ class Checkpoint:
     op_thresholds: tuple[float, ...] | None = None
     normalisation: Normalisation | None = None
     preprocess: PreprocessSpec | None = None
-    trained_resize: str | None = None
+    trained_with: str | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -97,7 +97,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         "labels": _fitting(config.labels, checkpoint.network, path),
         "normalisation": config.normalisation,
         "preprocess": config.preprocess,
-        "trained_resize": config.trained_resize,
+        "trained_with": config.trained_with,
     }
     return replace(checkpoint, **{field: value for field, value in said.items() if value is not None})
 
@@ -152,7 +152,7 @@ def _checkpoint(weights: _Weights, path: Path, sha256: str) -> Checkpoint:
         checkpoint,
         normalisation=xrv.normalisation(network.stem.in_channels),
         preprocess=xrv.preprocess(512 if isinstance(network, ResNet) else 224),
-        trained_resize="scikit-image",
+        trained_with="skimage",
     )
 
 
@@ -175,7 +175,7 @@ def _named(around: Iterable[Mapping[str, object] | Shell]) -> Iterator[object]:
 
 def _fitting(labels: object, network: CxrNetwork, path: Path) -> tuple[str, ...] | None:
     """The same, where they are strings. Raises CheckpointError where there are more or fewer than outputs."""
-    if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
+    if not isinstance(labels, list | tuple) or not labels or not all(isinstance(label, str) for label in labels):
         return None
     if len(labels) != network.head.out_features:
         raise CheckpointError(

@@ -108,10 +108,12 @@ class HubConfig(msgspec.Struct, kw_only=True):
         return spec
 
     @property
-    def trained_resize(self) -> str | None:
-        """timm's interpolation where it is not bilinear; None without a geometry."""
+    def trained_with(self) -> str | None:
+        """`pillow-` and timm's interpolation, where it is not bilinear; None without a geometry."""
         cfg = self.pretrained_cfg
-        return cfg.interpolation if cfg and cfg.input_size and cfg.interpolation != "bilinear" else None
+        if cfg is None or cfg.input_size is None or cfg.interpolation == "bilinear":
+            return None
+        return f"pillow-{cfg.interpolation}"
 
 
 def read_config(folder: Path) -> HubConfig:

@@ -99,25 +99,29 @@ def test_what_timm_says(folder: Folder) -> None:
     assert checkpoint.labels == ("Effusion", "Mass", "Nodule")
     assert checkpoint.normalisation == IMAGENET
     assert checkpoint.preprocess == PreprocessSpec(resize=Shorter(pixels=256), crop=224)
-    assert checkpoint.trained_resize == "bicubic"
+    assert checkpoint.trained_with == "pillow-bicubic"
     assert checkpoint.op_thresholds is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "preprocess", "trained_resize"),
+    ("changes", "preprocess", "trained_with"),
     [
         ({"crop_pct": 0.95, "interpolation": "bilinear"}, PreprocessSpec(resize=Shorter(pixels=235), crop=224), None),
-        ({"input_size": [3, 448, 448], "crop_pct": 1}, PreprocessSpec(resize=Shorter(pixels=448), crop=448), "bicubic"),
-        ({"crop_mode": "squash"}, PreprocessSpec(resize=Exact(width=256, height=256), crop=224), "bicubic"),
+        (
+            {"input_size": [3, 448, 448], "crop_pct": 1},
+            PreprocessSpec(resize=Shorter(pixels=448), crop=448),
+            "pillow-bicubic",
+        ),
+        ({"crop_mode": "squash"}, PreprocessSpec(resize=Exact(width=256, height=256), crop=224), "pillow-bicubic"),
         ({"input_size": None}, None, None),
     ],
 )
 def test_geometry(
-    changes: dict[str, Any], preprocess: PreprocessSpec | None, trained_resize: str | None, folder: Folder
+    changes: dict[str, Any], preprocess: PreprocessSpec | None, trained_with: str | None, folder: Folder
 ) -> None:
     checkpoint = read_checkpoint(folder({**TIMM, "pretrained_cfg": {**PRETRAINED, **changes}}))
     assert checkpoint.preprocess == preprocess
-    assert checkpoint.trained_resize == trained_resize
+    assert checkpoint.trained_with == trained_with
 
 
 def test_flat_configurations_say_the_same(folder: Folder) -> None:

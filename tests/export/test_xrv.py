@@ -138,7 +138,7 @@ def test_what_is_said_of_a_published_file(package: types.ModuleType, tmp_path: P
     )  # fmt: skip
     assert checkpoint.normalisation == Normalisation(mean=(0.5,), std=(1 / 2048,))
     assert checkpoint.preprocess == SQUARE
-    assert checkpoint.trained_resize == "scikit-image"
+    assert checkpoint.trained_with == "skimage"
 
 
 @pytest.mark.parametrize("attribute", ["pathologies", "targets"])
