@@ -298,14 +298,15 @@ def _unfit(graph: onnx.GraphProto) -> dict[str, str]:
 
 def _half_slots(model: onnx.ModelProto) -> dict[str, _Slots]:
     """The nodes that could be FP16: those of the trunk that pixels pass through and that have an FP16 form."""
-    floats, versions = _tensors(model, TensorProto.FLOAT), {opset.domain: opset.version for opset in model.opset_import}
+    floats = _tensors(model, TensorProto.FLOAT)
+    versions = {opset.domain: opset.version for opset in model.opset_import}
     trunk, pixels = _trunk(model.graph), {entry.name for entry in model.graph.input}
     found: dict[str, _Slots] = {}
     for node in model.graph.node:
+        slots = _half_form(node, versions[node.domain], floats)
         if node.op_type in _SHAPE_OF or not pixels.intersection(node.input):
             continue
         pixels.update(node.output)
-        slots = _half_form(node, versions[node.domain], floats)
         if slots and node.output[0] in trunk:
             found[node.output[0]] = slots
     return found

@@ -26,6 +26,7 @@ TRUNK = """
     stem = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (scaled, stem_weight, stem_bias)
     norm = BatchNormalization (stem, gamma, beta, mean, variance)
     swish = HardSwish (norm)
+    six = Constant <value = float {6}> ()
     clip = Clip (swish, zero, six)
     depthwise = Conv <group = 8, pads = [1, 1, 1, 1]> (clip, depthwise_weight)
     squeeze = GlobalAveragePool (depthwise)
@@ -68,7 +69,7 @@ IMAGES = np.stack([np.random.default_rng(0).integers(0, high, (1, 16, 16), np.ui
 def served(trunk: str, weights: dict[str, np.ndarray], head: str = HEAD) -> onnx.ModelProto:
     """A served graph `image` uint8 `(N, 1, 16, 16)` to `logits (N, 3)` and `cam (N, 3, h, w)`, in ONNX's own text."""
     model = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["": 18]> served (uint8[N, 1, 16, 16] image)'
+        '<ir_version: 10, opset_import: ["": 18, "other": 1]> served (uint8[N, 1, 16, 16] image)'
         f" => (float[N, 3] logits, float[N, 3, H, W] cam) {{ {trunk} {head} }}"
     )
     model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
@@ -88,7 +89,6 @@ def weights() -> dict[str, np.ndarray]:
         "scale": np.float32(1 / 16),
         "variance": np.ones(8, np.float32),
         "zero": np.float32(0),
-        "six": np.float32(6),
         "flat_shape": np.array([0, -1]),
         "axes": np.array([2, 3]),
         "scales": np.array([1, 1, 2, 2], np.float32),
@@ -121,14 +121,16 @@ def test_each_node_has_the_type_it_was_given(keep: set[str]) -> None:
             assert found[name] == before, name
     casts = [(node.input[0], found[node.output[0]]) for node in half.graph.node if node.op_type == "Cast"]
     assert len(set(casts)) == len(casts)  # one per tensor and direction
-    assert not [name for name, to in casts if found[name] == to]
+    assert not [name for name, to in casts if found[name] == to or name == "six"]  # constants need none
+    assert all(node.input[0] == "gated" for node in half.graph.node if node.op_type == "Shape")  # nor do shapes
     np.testing.assert_allclose(logits(emulation_from_fp16(half)), logits(model), atol=0.005, rtol=0)
     assert np.ptp(logits(model), axis=0).min() > 0.2  # else agreement would say nothing
 
 
+# None more than doubles: twelve stay far below 65504.
 STEPS = (
     "Relu ({0})", "Sigmoid ({0})", "HardSwish ({0})", "Clip ({0}, zero, scale)", "Mul ({0}, scale)", "Add ({0}, {1})",
-    "Mul ({0}, {1})", "Conv <pads = [1, 1, 1, 1]> ({0}, weight, beta)", "ReduceMean <keepdims = 1> ({0}, axes)",
+    "Mul ({0}, level)", "Conv <pads = [1, 1, 1, 1]> ({0}, weight, beta)", "ReduceMean <keepdims = 1> ({0}, axes)",
 )  # fmt: skip
 
 
@@ -162,8 +164,8 @@ def test_any_graph_is_typed_as_asked(steps: list[tuple[str, int, int, bool]]) ->
     found = types(half)
     for name in names:
         assert found[name] == (TensorProto.FLOAT if name in keep else TensorProto.FLOAT16), name
-    np.testing.assert_allclose(logits(emulation_from_fp16(half)), logits(model), atol=1e-3, rtol=5e-3)
-    np.testing.assert_allclose(logits(half), logits(model), atol=1e-3, rtol=5e-3)  # ONNX Runtime takes it as it is
+    np.testing.assert_allclose(logits(emulation_from_fp16(half)), logits(model), atol=1e-3, rtol=1e-2)
+    np.testing.assert_allclose(logits(half), logits(model), atol=1e-3, rtol=1e-2)  # ONNX Runtime takes it as it is
 
 
 def test_the_same_graph_gives_the_same_bytes() -> None:
@@ -183,19 +185,34 @@ def test_a_weight_that_fp16_cannot_hold_keeps_its_node(name: str, value: float) 
 
 
 @pytest.mark.parametrize(
-    ("trunk", "head", "keep", "message"),
+    ("features", "message"),
     [
-        (TRUNK, HEAD, {"stm"}, "first output stm"),
-        ("features = Cast <to = 1> (image)", HEAD.replace("Conv (features", "Mul (features"), (), "from no Conv"),
+        ("features = other.Gelu (pixels)", "no standard ONNX operator"),
+        (
+            """
+            features = If (yes) <
+                then_branch = a () => (float[N, 1, 16, 16] b) { b = Relu (pixels) },
+                else_branch = c () => (float[N, 1, 16, 16] d) { d = Identity (pixels) }
+            >
+            """,
+            "is control flow",
+        ),
+        ("features = Relu (pixels) cam = Concat <axis = 1> (features, features, features)", "from no Conv"),
     ],
-    ids=["unknown name", "no CAM convolution"],
+    ids=["foreign operator", "control flow", "no CAM convolution"],
 )
-def test_what_cannot_be_converted_is_refused(trunk: str, head: str, keep: set[str], message: str) -> None:
-    drawn = weights()
-    if not keep:
-        drawn["cam_weight"] = np.ones((1, 3, 1, 1), np.float32)
+def test_what_cannot_be_converted_is_refused(features: str, message: str) -> None:
+    drawn = {"cam_weight": np.ones((3, 1, 1, 1), np.float32), "bias": np.zeros(3, np.float32), "scale": np.float32(1)}
+    head = HEAD if "cam" not in features else HEAD[HEAD.index("pooled") :]
+    trunk = f"pixels = Cast <to = 1> (image) {features}"
+    model = served(trunk, drawn | {"axes": np.array([2, 3]), "yes": np.array(True)}, head)
     with pytest.raises(RequestError, match=message):
-        fp16_from_fp32(served(trunk, drawn, head), keep)
+        fp16_from_fp32(model)
+
+
+def test_a_name_that_is_no_node_is_refused() -> None:
+    with pytest.raises(RequestError, match="first output stm"):
+        fp16_from_fp32(served(TRUNK, weights()), {"stm"})
 
 
 def meets(fp16: np.ndarray, fp32: np.ndarray) -> bool:
