@@ -96,7 +96,8 @@ def youden(
     threshold lies midway between the lowest value above it and the highest below, so that
     rounding does not move an image across.
     Of equal maxima the one with the highest sensitivity is taken. Without both positives and
-    negatives, or where nothing beats chance, the answer is 0.5, marked default.
+    negatives, where nothing beats chance, or where the threshold's probability rounds to 0 or 1 (a
+    softmax that is certain), the answer is 0.5, marked default.
     """
     if positive.all() or not positive.any():
         return OperatingPoint(finding=finding)
@@ -108,9 +109,11 @@ def youden(
     lowest = float(thresholds[best])
     below = log_odds[log_odds < lowest]
     threshold = (lowest + float(below.max())) / 2 if below.size else lowest - 1.0
+    if not 0.0 < (chosen := probability(threshold)) < 1.0:
+        return OperatingPoint(finding=finding)
     return OperatingPoint(
         finding=finding,
-        probability=probability(threshold),
+        probability=chosen,
         method="youden",
         data=data,
         sensitivity=float(true_rate[best]),

@@ -139,6 +139,7 @@ def test_youden_by_hand() -> None:
     assert (point.sensitivity, point.specificity) == (1.0, pytest.approx(2 / 3))
     assert Sigmoid().threshold(point.probability, 0) == pytest.approx(-0.5)  # midway between 0 and the next lower logit
     assert youden("Mass", logits, np.zeros(5, bool), "no positives").method == "default"
+    assert youden("Mass", logits + 50, positive, "certain").method == "default"  # sigmoid(49.5) is 1.0
     assert youden("Mass", logits, ~positive & False | (logits < 0), "inverted").method == "default"
 
 
