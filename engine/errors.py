@@ -6,6 +6,7 @@
     │   ├── ImageLimitError          too many bytes or pixels, or a shape no radiograph has
     │   └── ImageContentError        readable, but not one frontal grayscale radiograph
     ├── BundleError                  the bundle is missing, damaged, or of another schema
+    │   ├── PlanError                a compiled plan is missing, damaged or vouched for by nobody, or cannot be kept
     │   └── SignatureError           no trusted key vouches for it, or a key cannot be used
     ├── CheckpointError              the checkpoint cannot be read or fits no known network
     ├── DatasetError                 a data set folder does not hold what its layout promises
@@ -29,6 +30,7 @@ __all__ = [
     "ImageError",
     "ImageFormatError",
     "ImageLimitError",
+    "PlanError",
     "RequestError",
     "ServerError",
     "SignatureError",
@@ -58,6 +60,10 @@ class ImageContentError(ImageError):
 
 class BundleError(ThoraxrtError):
     """The bundle is missing, damaged, or written for another schema version."""
+
+
+class PlanError(BundleError):
+    """A compiled plan is missing, damaged or vouched for by nobody, or cannot be kept."""
 
 
 class SignatureError(BundleError):

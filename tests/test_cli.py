@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.engine import Engine
 from thoraxrt.export.phantoms import phantom
 
-COMMANDS = ("export", "predict", "serve", "info", "phantoms", "demo")
+COMMANDS = ("export", "compile", "sign", "export-triton", "predict", "serve", "info", "phantoms", "demo")
 
 
 def thoraxrt(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -130,6 +131,32 @@ def test_info_says_what_is_there_and_what_runs(sample_bundle: Bundle) -> None:
     assert "model.int8.onnx" in facts["backends"]["onnxruntime"]["int8"]
 
 
+def test_signing_and_requiring_it(
+    sample_bundle: Bundle, images: list[Path], keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    private, public = keys
+    bundle = tmp_path / "copy.bundle"
+    shutil.copytree(sample_bundle.path, bundle)
+    for command in (("predict", bundle, images[0]), ("serve", bundle), ("info", bundle), ("compile", bundle)):
+        error = thoraxrt(*command, "--require-signature", public, status=2).stderr
+        assert "manifest.sig cannot be read" in error
+    thoraxrt("sign", bundle, "--key", private)
+    thoraxrt("predict", bundle, images[0], "--require-signature", public.parent / "public.pem")
+    thoraxrt("info", bundle, "--require-signature", public)
+    with (bundle / "manifest.sig").open("r+b") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(bytes(1))
+    assert (
+        "no trusted signature in manifest.sig"
+        in thoraxrt("info", bundle, "--require-signature", public, status=2).stderr
+    )
+
+
+def test_a_triton_model(sample_bundle: Bundle, tmp_path: Path) -> None:
+    thoraxrt("export-triton", sample_bundle.path, tmp_path, "--precision", "fp16", "--batch", "4")
+    assert "max_batch_size: 4" in (tmp_path / "sample" / "config.pbtxt").read_text()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -138,6 +165,10 @@ def test_info_says_what_is_there_and_what_runs(sample_bundle: Bundle) -> None:
         ("predict", "nowhere.bundle"),
         ("predict", "--server", "localhost:1", "a.png", "--backend", "openvino"),
         ("serve", "nowhere.bundle"),
+        ("predict", "--server", "localhost:1", "a.png", "--require-signature", "public.pem"),
+        ("sign", "nowhere.bundle", "--key", "private.pem"),
+        ("export-triton", "nowhere.bundle", "models"),
+        ("export-triton", "nowhere.bundle", "models", "--plan", "nowhere"),
         ("export", "nowhere.pth", "--out", "x.bundle"),
         ("export", "nowhere.pth", "--out", "x.bundle", "--resize", "bigger"),
         ("export", "nowhere.pth", "--out", "x.bundle", "--mean", "a,b"),

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -21,6 +21,7 @@ from thoraxrt.engine.errors import RequestError, ThoraxrtError
 if TYPE_CHECKING:
     from thoraxrt.engine.bundle import Bundle
     from thoraxrt.engine.engine import Prediction
+    from thoraxrt.engine.plans import Compiled
     from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
 
 __all__ = ["app", "main"]
@@ -41,6 +42,14 @@ app = typer.Typer(
 Backend = Annotated[
     str | None,
     typer.Option(help="openvino or onnxruntime; else what the bundle recommends.", show_default=False),
+]
+RequireSignature = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="KEYS",
+        help="Refuse a bundle that no public key in this PEM file, or folder of them, signed.",
+        show_default=False,
+    ),
 ]
 Precision = Annotated[
     str | None,
@@ -73,6 +82,12 @@ def _track(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
     from rich.progress import track
 
     yield from track(items, description, total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
+
+
+def _open(bundle: str | Path, require_signature: Path | None) -> Bundle:
+    from thoraxrt.engine.bundle import Bundle
+
+    return Bundle.open(bundle, None if require_signature is None else [require_signature])
 
 
 @app.callback(invoke_without_command=True)
@@ -146,6 +161,140 @@ def export(
     print(f"{bundle.manifest.network.name} -> {out}")
 
 
+@app.command("compile")
+def compile_bundle(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
+    precision: Annotated[
+        str | None, typer.Option(help="Comma-separated: fp32, fp16, int8; else every graph the bundle holds.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated; one optimisation profile each.")] = "1,8,32",
+    target: Annotated[
+        str | None,
+        typer.Option(help="GPU architectures, sm86,sm89 say (tensorrt_rtx, needs no GPU); else this machine's GPU."),
+    ] = None,
+    optimization_level: Annotated[int, typer.Option(help="How long the builder searches, 0 to 5.")] = 3,
+    workspace: Annotated[
+        int | None, typer.Option(metavar="MIB", help="Most scratch memory of a layer; else all of the device's.")
+    ] = None,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="For every GPU from Ampere on (tensorrt).")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="For later runtimes of the same major version (tensorrt).")
+    ] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="Leave the weights out: the graph's are put in on loading.")
+    ] = False,
+    key: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEY", help="Sign the plans with this private key; needs --out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the signed plans, to copy into another machine's cache.")
+    ] = None,
+    require_signature: RequireSignature = None,
+) -> None:
+    """Compile a bundle's graphs to TensorRT plans, ahead of time, into the plan cache.
+
+    The cache is $THORAXRT_CACHE, else ~/.cache/thoraxrt. A plan that is there is not compiled again.
+
+    [bold]thoraxrt compile chexnet.bundle --precision fp16,int8 --target sm86,sm89,sm120[/]
+    """
+    from thoraxrt.engine.backends.tensorrt import PlanOptions
+    from thoraxrt.engine.plans import PRECISIONS, PlanCache, compile_plans
+
+    if (key is None) != (out is None):
+        raise RequestError("--sign KEY and --out DIR go together: a plan leaves this machine signed")
+    if not all(size.isdecimal() for size in batch.split(",")):
+        raise RequestError(f"--batch {batch}: expected sizes separated by commas, 1,8,32 for example")
+    try:
+        options = PlanOptions(
+            buckets=tuple(map(int, batch.split(","))),
+            targets=tuple(target.split(",")) if target else (),
+            optimization_level=optimization_level,
+            workspace_mib=workspace,
+            hardware_compatible=hardware_compatible,
+            version_compatible=version_compatible,
+            strip_weights=strip_weights,
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    opened = _open(bundle, require_signature)
+    held = [name for name in PRECISIONS if opened.graph_name(name) in opened.manifest.files]
+    precisions = precision.split(",") if precision else held
+    for compiled in _track(compile_plans(opened, precisions, options), "Compiling plans", len(precisions)):
+        folder = PlanCache(out).ship(compiled.cached, key) if out and key else compiled.cached.folder
+        print(f"{_plan_text(compiled)} -> {folder}")
+
+
+def _plan_text(compiled: Compiled) -> str:
+    record = compiled.cached.record
+    how = "compiled before" if compiled.seconds is None else f"compiled in {compiled.seconds:.1f} s"
+    again = f", again since {compiled.reason}" if compiled.reason else ""
+    return (
+        f"{record.key.precision} for {', '.join(record.key.options.targets)}, "
+        f"batches of {', '.join(map(str, record.key.options.buckets))}: {how}{again}, "
+        f"{record.plan.size / 1e6:.1f} MB, {record.layers}"
+    )
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
+    key: Annotated[Path, typer.Option(help="An Ed25519 private key in PEM, unencrypted.", show_default=False)],
+) -> None:
+    """Sign a bundle: its manifest, which names every file's sha256.
+
+    Keep the private key off the machines that serve; give them the public one.
+
+    [bold]openssl genpkey -algorithm ed25519 -out private.pem[/]
+
+    [bold]openssl pkey -in private.pem -pubout -out public.pem[/]
+
+    [bold]thoraxrt sign chexnet.bundle --key private.pem[/]
+
+    [bold]thoraxrt serve chexnet.bundle --require-signature public.pem[/]
+    """
+    from thoraxrt.export.publish import sign_bundle
+
+    sign_bundle(_open(bundle, None), key)
+    print(f"{bundle} signed")
+
+
+@app.command("export-triton")
+def export_triton(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
+    repository: Annotated[
+        Path, typer.Argument(help="Triton's model repository; the model is a folder in it.", show_default=False)
+    ],
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or int8; else what the bundle recommends, else fp32.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Most images that Triton runs at once; else 32.")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="A plan of the plan cache instead of the graph: a folder that `thoraxrt compile` printed."),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Exchange an existing model, atomically.")] = False,
+    require_signature: RequireSignature = None,
+) -> None:
+    """Write a bundle's network as a model for a Triton Inference Server, or KServe.
+
+    Its tensors are image, logits and cam: what stands around the network stays the client's.
+
+    [bold]thoraxrt export-triton chexnet.bundle models --precision fp16[/]
+    """
+    from thoraxrt.engine.plans import PlanCache
+    from thoraxrt.export.triton import triton_from_bundle
+
+    trusted = [require_signature] if require_signature else []
+    folder = plan.resolve() if plan else Path()
+    cached = PlanCache(Path(*folder.parts[:-3]), trusted).read(folder) if plan else None
+    model = triton_from_bundle(
+        _open(bundle, require_signature), repository, precision=precision, batch=batch, plan=cached, replace=replace
+    )
+    print(f"{bundle} -> {model}")
+
+
 def _resize(text: str) -> Exact | Shorter:
     from thoraxrt.engine.preprocess import Exact, Shorter
 
@@ -186,6 +335,7 @@ def predict(
     batch: Annotated[int, typer.Option(min=1, help="Most images the network takes at once.")] = 1,
     backend: Backend = None,
     precision: Precision = None,
+    require_signature: RequireSignature = None,
 ) -> None:
     """Findings and boxes for radiographs.
 
@@ -195,14 +345,17 @@ def predict(
 
     [bold]thoraxrt predict --server localhost:8500 images/*.png --json[/]
     """
-    bundle = None if server else arguments[0]
+    if server and (backend or precision or require_signature):
+        raise RequestError(
+            "--backend, --precision and --require-signature are the server's to choose: give them to `thoraxrt serve`"
+        )
     images = _images(arguments if server else arguments[1:])
     if overlay:
         overlay.mkdir(parents=True, exist_ok=True)
     answers = (
-        _ask_server(server, images, overlay, backend, precision)
+        _ask_server(server, images, overlay)
         if server
-        else _ask_engine(str(bundle), images, overlay, backend, precision, batch)
+        else _ask_engine(_open(arguments[0], require_signature), images, overlay, backend, precision, batch)
     )
     failed = 0
     table = _Table()
@@ -235,7 +388,7 @@ def _images(arguments: list[str]) -> list[str]:
 
 
 def _ask_engine(
-    bundle: str, images: list[str], overlay: Path | None, backend: str | None, precision: str | None, batch: int
+    bundle: Bundle, images: list[str], overlay: Path | None, backend: str | None, precision: str | None, batch: int
 ) -> Iterator[Prediction | ThoraxrtError]:
     from thoraxrt.engine.engine import Engine
     from thoraxrt.engine.overlay import render_overlay
@@ -248,13 +401,9 @@ def _ask_engine(
             yield answer
 
 
-def _ask_server(
-    address: str, images: list[str], overlay: Path | None, backend: str | None, precision: str | None
-) -> Iterator[Prediction | ThoraxrtError]:
+def _ask_server(address: str, images: list[str], overlay: Path | None) -> Iterator[Prediction | ThoraxrtError]:
     from thoraxrt.server.client import Client
 
-    if backend or precision:
-        raise RequestError("--backend and --precision are the server's to choose: give them to `thoraxrt serve`")
     with Client(address) as client:
         replies = client.predict_many((Path(image) for image in images), overlay=overlay is not None)
         for path, reply in zip(_overlay_paths(overlay, images), replies, strict=True):
@@ -322,6 +471,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8500,
     backend: Backend = None,
     precision: Precision = None,
+    require_signature: RequireSignature = None,
 ) -> None:
     """Answer gRPC requests with a bundle.
 
@@ -332,35 +482,62 @@ def serve(
     from thoraxrt.engine.engine import Engine
     from thoraxrt.server.serve import serve as serve_engine
 
-    serve_engine(Engine.open(bundle, backend=backend, precision=precision), host=host, port=port)
+    opened = _open(bundle, require_signature)
+    serve_engine(Engine.open(opened, backend=backend, precision=precision), host=host, port=port)
 
 
 @app.command()
 def info(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
+    require_signature: RequireSignature = None,
 ) -> None:
-    """What is in a bundle, whether its files are intact, and which backends can run it here.
+    """What is in a bundle, whether its files are intact, which backends can run it here, and which plans fit.
 
     [bold]thoraxrt info chexnet.bundle[/]
     """
     import msgspec
 
     from thoraxrt.engine.backends import available, backend_names
-    from thoraxrt.engine.bundle import Bundle
 
-    opened = Bundle.open(bundle)
+    opened = _open(bundle, require_signature)
     opened.verify()
     backends = {name: available(name, opened) for name in backend_names()}
     if as_json:
         manifest = msgspec.to_builtins(opened.manifest)
-        print(json.dumps({"bundle": str(bundle), "sha256": opened.sha256, "manifest": manifest, "backends": backends}))
+        facts = {"bundle": str(bundle), "sha256": opened.sha256, "manifest": manifest, "backends": backends}
+        print(json.dumps({**facts, "plans": list(_plans(opened))}))
         return
     _show_info(opened, backends)
 
 
+def _plans(bundle: Bundle) -> Iterator[dict[str, Any]]:
+    """The bundle's cached plans; `reason` says why one cannot run here, None where it can."""
+    from thoraxrt.engine.errors import PlanError
+    from thoraxrt.engine.plans import PlanCache, misfit, this_machine
+
+    cache, machine = PlanCache(), this_machine()
+    for folder in cache.folders(bundle):
+        plan: dict[str, Any] = {
+            "folder": str(folder),
+            "precision": None,
+            "targets": None,
+            "batches": None,
+            "bytes": None,
+        }
+        try:
+            record = cache.read(folder).record
+        except PlanError as error:
+            yield {**plan, "reason": str(error)}
+            continue
+        options = record.key.options
+        facts = (record.key.precision, options.targets, options.buckets, record.plan.size)
+        yield dict(zip(plan, (str(folder), *facts), strict=True)) | {"reason": misfit(record.key, machine)}
+
+
 def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     manifest = bundle.manifest
@@ -396,6 +573,15 @@ def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]]) -> No
         for precision, reason in precisions.items():
             usable.add_row(name, precision, "[green]yes" if reason is None else f"no: {reason}")
     console.print(usable)
+
+    plans = Table("plan", "batches", "MB", "fits this machine", title="Cached TensorRT plans")
+    plans.columns[0].overflow = "fold"
+    for plan in _plans(bundle):
+        batches = ", ".join(map(str, plan["batches"] or ()))
+        size = "" if plan["bytes"] is None else f"{plan['bytes'] / 1e6:.1f}"
+        fits = "[green]yes" if plan["reason"] is None else f"no: {escape(plan['reason'])}"
+        plans.add_row(escape(Path(plan["folder"]).name), batches, size, fits)
+    console.print(plans if plans.row_count else "[dim]no plan in the cache; `thoraxrt compile` makes some")
 
 
 def _preprocess_text(spec: PreprocessSpec) -> str:
