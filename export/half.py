@@ -30,7 +30,7 @@ _Logits: TypeAlias = npt.NDArray[np.float32]
 _LARGEST: Final = float(np.finfo(np.float16).max)  # 65504
 _SMALLEST: Final = float(np.finfo(np.float16).tiny)  # 6.1e-5: smaller values lose digits, then vanish
 _SAFE: Final = _LARGEST / 4  # images that were not measured reach further than those that were
-_RANKING_IMAGES: Final = 16  # enough to put groups in order; the bar is always judged on all images
+_RANKING_IMAGES: Final = 8  # enough to put groups in order; the bar is always judged on all images
 _STARTS_GROUP: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SHAPE_OF: Final = ("Shape", "Size")  # these read no values, so the type of their input does not matter
 
