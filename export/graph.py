@@ -29,6 +29,7 @@ __all__ = [
     "onnx_from_network",
     "reference_logits",
     "session_from_graph",
+    "strip",
 ]
 
 OPSET = 18
@@ -142,14 +143,13 @@ def onnx_from_network(served: ServedNetwork, input_size: int) -> onnx.ModelProto
         )
     assert program is not None  # dynamo=True returns the program
     model = program.model_proto
-    _strip(model)
+    strip(model)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    """Drop the exporter's stack traces: paths of this machine, and a reason for hashes to differ."""
-    model.doc_string = ""
+def strip(model: onnx.ModelProto) -> None:
+    """Drop an exporter's stack traces and notes: paths of its machine, and a reason for hashes to differ."""
     graph = model.graph
     owners: tuple[Any, ...] = (
         model,
@@ -161,4 +161,5 @@ def _strip(model: onnx.ModelProto) -> None:
         *graph.output,
     )
     for owner in owners:
+        owner.doc_string = ""
         del owner.metadata_props[:]

@@ -28,7 +28,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from thoraxrt.engine.errors import CheckpointError, RequestError, ThoraxrtError
-from thoraxrt.export.graph import OPSET, Normalisation, session_from_graph
+from thoraxrt.export.graph import OPSET, Normalisation, session_from_graph, strip
 
 __all__ = [
     "ServedGraph",
@@ -47,7 +47,12 @@ Reference: TypeAlias = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]
 _IR_VERSION: Final = 8  # the first that carries opset 18
 _LARGEST_FILE: Final = 2**31 - 1  # protobuf's own limit
 _LARGEST_FOLD: Final = 2**26  # elements; a classifier of 65,536 features and 1,000 findings is as large
-_RESERVED: Final = ("image", "logits", "cam")
+_LARGEST_SIDE: Final = 4096  # pixels, and of a fixed batch
+_WIDEST: Final = 8192  # channels of the last feature map; published networks have 4,096 at most
+_ADDED: Final = frozenset({
+    "cam", "cam_axes", "cam_features", "cam_mean", "cam_weight", "image", "image_float", "image_normalised", "image_scale",
+    "image_scaled", "image_shift", "logits", "logits_bias", "stem", "stem_bias_map", "stem_weight",
+})  # fmt: skip
 _ACTIVATIONS: Final[Mapping[str, Activation]] = {"Softmax": "softmax", "LogSoftmax": "softmax", "Sigmoid": "sigmoid"}
 
 # What may stand between the pool and the logits.
@@ -125,7 +130,7 @@ def reference_from_onnx(model: onnx.ModelProto, normalisation: Normalisation) ->
             x = np.moveaxis(x, 0, -1) if source.channels_last else x
             batch = np.repeat(x[np.newaxis], source.batch or 1, 0)
             with _translated("ONNX Runtime cannot run the original"):
-                rows.append(session.run([output], {source.name: batch})[0][0].reshape(-1))
+                rows.append(session.run([output], {source.name: batch})[0].reshape(len(batch), -1)[0])
         return np.stack(rows)
 
     return logits
@@ -256,11 +261,13 @@ def _image_input(model: onnx.ModelProto, normalisation: Normalisation) -> _Input
     dims = _dims(tensor.shape)
     axis = next((axis for axis in (1, 3) if len(dims) == 4 and dims[axis] in (1, 3)), None)
     spatial = [dim for position, dim in enumerate(dims) if position not in (0, axis)]
-    if tensor.elem_type != TensorProto.FLOAT or axis is None or len({d for d in spatial if isinstance(d, int)}) > 1:
+    sane = all(0 < dim <= _LARGEST_SIDE for dim in dims if isinstance(dim, int))
+    square = len({dim for dim in spatial if isinstance(dim, int)}) <= 1
+    if tensor.elem_type != TensorProto.FLOAT or axis is None or not sane or not square:
         kind = TensorProto.DataType.Name(tensor.elem_type).lower()
         raise CheckpointError(
             f"the graph's input {inputs[0].name!r} is {kind} {dims}; expected float (batch, channels, S, S) or (batch, "
-            "S, S, channels) with 1 or 3 channels: export it so"
+            f"S, S, channels) with 1 or 3 channels, S at most {_LARGEST_SIDE}: export it so"
         )
     channels = dims[axis]
     assert isinstance(channels, int)
@@ -278,14 +285,13 @@ def _image_input(model: onnx.ModelProto, normalisation: Normalisation) -> _Input
 
 
 def _size(source: _Input, input_size: int | None) -> int:
-    if source.size is None and input_size is None:
-        raise RequestError(
-            "the graph leaves the image's size free: give the size it was trained at, --input-size 224 say"
-        )
-    if None not in (source.size, input_size) and source.size != input_size:
+    if source.size is not None and input_size not in (None, source.size):
         raise RequestError(f"the graph takes images of {source.size} pixels, not {input_size}: give {source.size}")
     size = source.size or input_size
-    assert size is not None
+    if size is None:
+        raise RequestError(
+            "the graph leaves the image's size free: give the one it was trained at, --input-size 224 say"
+        )
     return size
 
 
@@ -318,6 +324,9 @@ def _prepared(model: onnx.ModelProto, source: _Input, size: int) -> onnx.ModelPr
     model.ir_version = _IR_VERSION
     if any(opset.domain in ("", "ai.onnx") and opset.version != OPSET for opset in model.opset_import):
         model = onnx.version_converter.convert_version(model, OPSET)
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization" and _attributes(node).get("training_mode", 0):
+            raise CheckpointError(f"node {node.name!r} ({node.op_type}) is in training mode: export after model.eval()")
     folded = onnx_ir.from_proto(model)
     optimizer.optimize_ir(
         folded, input_size_limit=_LARGEST_FOLD, output_size_limit=_LARGEST_FOLD, should_fold=_should_fold
@@ -327,7 +336,7 @@ def _prepared(model: onnx.ModelProto, source: _Input, size: int) -> onnx.ModelPr
         if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
             raise CheckpointError(f"node {node.name!r} ({node.op_type}) is control flow: export the network without it")
     taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
-    _rename(model.graph, {name: f"{name}_original" for name in _RESERVED if name in taken})
+    _rename(model.graph, {name: f"{name}_original" for name in taken & _ADDED})
     return _inferred(_with_free_batch(model))
 
 
@@ -440,9 +449,9 @@ def _refuse(node: NodeProto | None, expected: str) -> NoReturn:
 def _head(graph: _Graph) -> _Head:
     chain, (features, channels_last) = _chain(graph)
     dims = graph.shape(features)
-    if dims is None or len(dims) != 3:
-        _refuse(graph.producers.get(features), "a feature map of known size")
-    width = dims[-1 if channels_last else 0]
+    width = dims[-1 if channels_last else 0] if dims is not None else 0
+    if dims is None or len(dims) != 3 or width > _WIDEST:
+        _refuse(graph.producers.get(features), f"a feature map of known size, at most {_WIDEST} channels,")
     weight, bias = np.eye(width), np.zeros(width)  # (C, F) and (C,), growing towards the logits
     linear, layers, clip_after_layer = True, 0, None
     for node, data in chain:
@@ -586,7 +595,7 @@ def _attach(graph: _Graph, head: _Head) -> None:
         append(helper.make_node("Transpose", [features], ["cam_features"], "cam_features", perm=[0, 3, 1, 2]))
         features = "cam_features"
     weight = graph.add("cam_weight", head.weight[:, :, None, None])
-    append(helper.make_node("Conv", [features, weight], ["cam"], "cam"))
+    append(helper.make_node("Conv", [features, weight], ["cam"], "cam", kernel_shape=[1, 1]))
     if head.linear:
         axes = graph.add("cam_axes", np.array([2, 3]))
         append(helper.make_node("ReduceMean", ["cam", axes], ["cam_mean"], "cam_mean", keepdims=0))
@@ -711,7 +720,7 @@ def _pads(attributes: Mapping[str, Any], size: tuple[int, ...], kernel: tuple[in
 
 def _finished(model: onnx.ModelProto, classes: int) -> onnx.ModelProto:
     """Checked, with stable names and nothing of the machine or the tool it came from."""
-    _strip(model)
+    strip(model)
     names: set[str] = set()
     for position, node in enumerate(model.graph.node):
         if not node.name or node.name in names:
@@ -720,22 +729,12 @@ def _finished(model: onnx.ModelProto, classes: int) -> onnx.ModelProto:
     model = _inferred(model)
     shapes = _Graph(model).shapes
     for output in model.graph.output:
-        batch, *rest = shapes[output.name]
-        if isinstance(batch, int) or rest[0] != classes:
+        shape = shapes.get(output.name, ())
+        if shape[1:2] != (classes,) or isinstance(shape[0], int):
             raise CheckpointError(
-                f"the served graph's {output.name} is {shapes[output.name]}; expected a free batch of {classes}: export the "
-                "network with a dynamic batch axis"
+                f"the served graph's {output.name} is {shape}; expected a free batch of {classes}: export the network with a "
+                "dynamic batch axis"
             )
-        output.CopyFrom(helper.make_tensor_value_info(output.name, TensorProto.FLOAT, ["batch", *rest]))
+        output.CopyFrom(helper.make_tensor_value_info(output.name, TensorProto.FLOAT, ["batch", *shape[1:]]))
     onnx.checker.check_model(model, full_check=True)
     return model
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    graph = model.graph
-    del model.metadata_props[:], graph.metadata_props[:]
-    model.doc_string = graph.doc_string = ""
-    owners: tuple[Any, ...] = (*graph.node, *graph.initializer, *graph.input, *graph.output)
-    for owner in owners:
-        owner.doc_string = ""
-        del owner.metadata_props[:]
