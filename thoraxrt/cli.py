@@ -221,7 +221,8 @@ def compile_bundle(
     opened = _open(bundle, require_signature)
     held = [name for name in PRECISIONS if opened.graph_name(name) in opened.manifest.files]
     precisions = precision.split(",") if precision else held
-    for compiled in _track(compile_plans(opened, precisions, options), "Compiling plans", len(precisions)):
+    cache = PlanCache(trusted=[require_signature] if require_signature else [])
+    for compiled in _track(compile_plans(opened, precisions, options, cache), "Compiling plans", len(precisions)):
         folder = PlanCache(out).ship(compiled.cached, key) if out and key else compiled.cached.folder
         print(f"{_plan_text(compiled)} -> {folder}")
 
@@ -506,17 +507,17 @@ def info(
     if as_json:
         manifest = msgspec.to_builtins(opened.manifest)
         facts = {"bundle": str(bundle), "sha256": opened.sha256, "manifest": manifest, "backends": backends}
-        print(json.dumps({**facts, "plans": list(_plans(opened))}))
+        print(json.dumps({**facts, "plans": list(_plans(opened, require_signature))}))
         return
-    _show_info(opened, backends)
+    _show_info(opened, backends, _plans(opened, require_signature))
 
 
-def _plans(bundle: Bundle) -> Iterator[dict[str, Any]]:
+def _plans(bundle: Bundle, require_signature: Path | None) -> Iterator[dict[str, Any]]:
     """The bundle's cached plans; `reason` says why one cannot run here, None where it can."""
     from thoraxrt.engine.errors import PlanError
     from thoraxrt.engine.plans import PlanCache, misfit, this_machine
 
-    cache, machine = PlanCache(), this_machine()
+    cache, machine = PlanCache(trusted=[require_signature] if require_signature else []), this_machine()
     for folder in cache.folders(bundle):
         plan: dict[str, Any] = {
             "folder": str(folder),
@@ -535,7 +536,7 @@ def _plans(bundle: Bundle) -> Iterator[dict[str, Any]]:
         yield dict(zip(plan, (str(folder), *facts), strict=True)) | {"reason": misfit(record.key, machine)}
 
 
-def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]]) -> None:
+def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]], plans: Iterable[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -574,14 +575,14 @@ def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]]) -> No
             usable.add_row(name, precision, "[green]yes" if reason is None else f"no: {reason}")
     console.print(usable)
 
-    plans = Table("plan", "batches", "MB", "fits this machine", title="Cached TensorRT plans")
-    plans.columns[0].overflow = "fold"
-    for plan in _plans(bundle):
+    cached = Table("plan", "batches", "MB", "fits this machine", title="Cached TensorRT plans")
+    cached.columns[0].overflow = "fold"
+    for plan in plans:
         batches = ", ".join(map(str, plan["batches"] or ()))
         size = "" if plan["bytes"] is None else f"{plan['bytes'] / 1e6:.1f}"
         fits = "[green]yes" if plan["reason"] is None else f"no: {escape(plan['reason'])}"
-        plans.add_row(escape(Path(plan["folder"]).name), batches, size, fits)
-    console.print(plans if plans.row_count else "[dim]no plan in the cache; `thoraxrt compile` makes some")
+        cached.add_row(escape(Path(plan["folder"]).name), batches, size, fits)
+    console.print(cached if cached.row_count else "[dim]no plan in the cache; `thoraxrt compile` makes some")
 
 
 def _preprocess_text(spec: PreprocessSpec) -> str:

@@ -43,7 +43,7 @@ from thoraxrt.engine.plans import (
     plan_key,
     this_machine,
 )
-from thoraxrt.engine.trust import machine_tag
+from thoraxrt.engine.trust import machine_tag, sign
 
 SM86 = PlanOptions(buckets=(1,), targets=("sm86",))
 KEY = PlanKey(
@@ -446,6 +446,19 @@ def test_the_commands_compile_sign_and_tell(
     text = thoraxrt(filled.cache.root, "info", sample_bundle.path).stdout
     assert filled.plan.folder.name in text
     shutil.rmtree(fp32.folder)
+
+
+def test_a_required_signature_vouches_for_shipped_plans_too(
+    filled: Filled, sample_bundle: Bundle, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = tmp_path / "signed.bundle"
+    shutil.copytree(sample_bundle.path, bundle)
+    (bundle / "manifest.sig").write_bytes(sign((bundle / "manifest.json").read_bytes(), keys["ours.key"]))
+    PlanCache(tmp_path / "edge").ship(filled.plan, keys["ours.key"])
+    for arguments, vouched in (([], False), (["--require-signature", keys["ours.pem"]], True)):
+        (plan,) = json.loads(thoraxrt(tmp_path / "edge", "info", bundle, "--json", *arguments).stdout)["plans"]
+        assert plan["reason"] == misfit(filled.plan.record.key, this_machine()) or not vouched
+        assert ("plan.sig does not vouch" in str(plan["reason"])) is not vouched
 
 
 @pytest.mark.parametrize(
