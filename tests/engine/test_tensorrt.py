@@ -142,6 +142,24 @@ def test_one_plan_covers_several_gpus_and_each_bucket_adds_to_it() -> None:
     targets = ("sm86", "sm89", "sm120")
     one, three = (plan_from_onnx(graph, PlanOptions(buckets=b, targets=targets)).data for b in ((1,), (1, 8, 32)))
     assert len(three) > 1.5 * len(one)
+    assert len({plan_from_onnx(graph, PlanOptions(buckets=(1,), targets=(t,))).data for t in ("sm75", "sm86")}) == 2
+
+
+def test_the_configuration_is_what_the_options_say(rtx: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = rtx.module
+    parsed = tensorrt._parse(quantised_graph().SerializeToString(), rtx)
+    options = PlanOptions(targets=("sm86", "sm120"), optimization_level=1, workspace_mib=64, strip_weights=True)
+    config = tensorrt._builder_config(parsed, options, rtx)
+    assert [config.get_compute_capability(index).name for index in range(2)] == ["SM86", "SM120"]
+    assert config.num_optimization_profiles == 3
+    assert config.builder_optimization_level == 1
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
+    assert config.get_flag(trt.BuilderFlag.STRIP_PLAN)
+    assert not config.get_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
+    monkeypatch.setattr(tensorrt, "current_device", lambda: Device("NVIDIA H100", "sm90"))
+    here = supported_options(PlanOptions(), rtx)
+    assert here.targets == ("sm90",)  # in the key, though TensorRT-RTX has no name for it
+    assert tensorrt._builder_config(parsed, here, rtx).get_compute_capability(0) == trt.ComputeCapability.CURRENT
 
 
 @pytest.mark.usefixtures("rtx")
