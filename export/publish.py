@@ -31,20 +31,20 @@ _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
 
 
-def refuse_to_overwrite(out: Path, replace: bool) -> None:
-    """Raise BundleError where `out` exists, unless it is a bundle and `replace` is set."""
+def refuse_to_overwrite(out: Path, replace: bool, mark: str = MANIFEST) -> None:
+    """Raise BundleError where `out` exists, unless it holds the file `mark` and `replace` is set."""
     if not out.exists():
         return
     if not replace:
-        raise BundleError(f"{out} exists; give another --out, or --replace to exchange it for the new bundle")
-    if not (out / MANIFEST).is_file():
-        raise BundleError(
-            f"{out} exists and is no bundle (it has no {MANIFEST}); it is not replaced: give another --out"
-        )
+        raise BundleError(f"{out} exists; give another place, or --replace to exchange it for the new one")
+    if not (out / mark).is_file():
+        raise BundleError(f"{out} exists and is no bundle or model of ours (it has no {mark}); it is not replaced")
 
 
-def publish(files: dict[str, bytes], out: Path, *, replace: bool) -> None:
+def publish(files: dict[str, bytes], out: Path, *, replace: bool, mark: str = MANIFEST) -> None:
     """Write the files beside `out`, then let the whole folder appear under its name at once.
+
+    `files` are contents by path in the folder; `mark` is the one that a folder to be replaced must hold.
 
     A writer killed at any moment leaves `out` as it was or as it should be, and perhaps a hidden
     folder beside it, which the next one to succeed removes. Where `out` is a symbolic link, what it
@@ -59,13 +59,14 @@ def publish(files: dict[str, bytes], out: Path, *, replace: bool) -> None:
             with _folder(out.parent) as parent:
                 _lock(parent, fcntl.LOCK_SH)  # until the new folder is locked, nobody may take it for a dead one
                 made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=_UNFINISHED, dir=out.parent))
-                descriptor = held.enter_context(_folder(made))
-                _lock(descriptor, fcntl.LOCK_SH)
+                _lock(held.enter_context(_folder(made)), fcntl.LOCK_SH)
             for name, data in files.items():
                 _write(made / name, data)
-            made.chmod(0o755)
-            os.fsync(descriptor)
-            _appear(made, out, replace)
+            for folder in {made, *((made / name).parent for name in files)}:
+                folder.chmod(0o755)
+                with _folder(folder) as descriptor:
+                    os.fsync(descriptor)
+            _appear(made, out, replace, mark)
     except OSError as error:
         raise BundleError(
             f"{out} cannot be written: {error.strerror}; what was there is untouched"
@@ -99,6 +100,7 @@ def sign_bundle(bundle: Bundle, key: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -106,13 +108,13 @@ def _write(path: Path, data: bytes) -> None:
     path.chmod(0o444)  # a bundle is immutable
 
 
-def _appear(made: Path, out: Path, replace: bool) -> None:
+def _appear(made: Path, out: Path, replace: bool, mark: str) -> None:
     try:
         made.rename(out)  # never onto a folder that holds something
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
-        refuse_to_overwrite(out, replace)  # again: another export may have been faster
+        refuse_to_overwrite(out, replace, mark)  # again: another export may have been faster
         _exchange(made, out)
 
 

@@ -259,7 +259,7 @@ def test_the_slower_of_two_without_replace_is_refused(start: Start, new: Path, t
     assert line_of(slow) == "waiting\n"
     publish({**files_of(new), "note.txt": b"the faster one"}, out, replace=False)
     _, error = slow.communicate("\n")
-    assert "exists; give another --out, or --replace" in error
+    assert "exists; give another place, or --replace" in error
     assert (out / "note.txt").exists()
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
