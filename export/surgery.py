@@ -50,8 +50,8 @@ _LARGEST_FOLD: Final = 2**26  # elements; a classifier of 65,536 features and 1,
 _LARGEST_SIDE: Final = 4096  # pixels, and of a fixed batch
 _WIDEST: Final = 8192  # channels of the last feature map; published networks have 4,096 at most
 _ADDED: Final = frozenset({
-    "cam", "cam_axes", "cam_features", "cam_mean", "cam_weight", "image", "image_float", "image_normalised", "image_scale",
-    "image_scaled", "image_shift", "logits", "logits_bias", "stem", "stem_bias_map", "stem_weight",
+    "cam", "cam_axes", "cam_features", "cam_mean", "cam_weight", "image", "image_centred", "image_float", "image_mean",
+    "image_normalised", "image_std", "logits", "logits_bias", "stem", "stem_bias_map", "stem_weight",
 })  # fmt: skip
 _ACTIVATIONS: Final[Mapping[str, Activation]] = {"Softmax": "softmax", "LogSoftmax": "softmax", "Sigmoid": "sigmoid"}
 
@@ -458,7 +458,7 @@ def _head(graph: _Graph) -> _Head:
         if node.op_type in _CLIPS:
             linear, clip_after_layer = False, node if layers else None
         elif node.op_type in _LAYERS and clip_after_layer is not None:
-            _refuse(clip_after_layer, "the logits or another linear operation, not two layers with this between,")
+            _refuse(clip_after_layer, "the logits, or a linear operation before another layer,")
         elif node.op_type not in _SHAPE_ONLY:
             layers += node.op_type in _LAYERS
             weight, bias = _through(graph, node, data, weight, bias)
@@ -625,17 +625,17 @@ class _Stem:
 def _take_pixels(graph: _Graph, source: _Input, normalisation: Normalisation, size: int) -> None:
     """Exchange the input for `image` uint8 `(batch, 1, S, S)`."""
     original = graph.proto.input[0].name
-    std = np.array(normalisation.std)[None, :, None, None]
-    scale, shift = 1 / (255 * std), -np.array(normalisation.mean)[None, :, None, None] / std  # (1, channels, 1, 1)
+    mean = 255 * np.array(normalisation.mean)[None, :, None, None]  # (1, channels, 1, 1), of 8-bit pixels
+    std = 255 * np.array(normalisation.std)[None, :, None, None]
     nodes = [helper.make_node("Cast", ["image"], ["image_float"], "image_float", to=TensorProto.FLOAT)]
-    stem = _stem(graph, source, scale, shift, size)
+    stem = _stem(graph, source, 1 / std, -mean / std, size)
     if stem is not None:
         nodes += _folded(graph, stem)
     else:
         normalised = "image_normalised" if source.channels_last else original
-        names = graph.add("image_scale", scale), graph.add("image_shift", shift)
-        nodes.append(helper.make_node("Mul", ["image_float", names[0]], ["image_scaled"], "image_scaled"))
-        nodes.append(helper.make_node("Add", ["image_scaled", names[1]], [normalised], "image_normalised"))
+        names = graph.add("image_mean", mean), graph.add("image_std", std)
+        nodes.append(helper.make_node("Sub", ["image_float", names[0]], ["image_centred"], "image_centred"))
+        nodes.append(helper.make_node("Div", ["image_centred", names[1]], [normalised], "image_normalised"))
         if source.channels_last:
             nodes.append(helper.make_node("Transpose", [normalised], [original], "image_nhwc", perm=[0, 2, 3, 1]))
     kept = [node for node in graph.proto.node if stem is None or node is not stem.convolution]

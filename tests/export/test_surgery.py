@@ -349,6 +349,12 @@ def trained() -> onnx.ModelProto:
     return net.model(net.head(net.trunk(x)))
 
 
+def damaged_weights() -> onnx.ModelProto:
+    model = conv_net()
+    model.graph.initializer[0].raw_data = np.full((6, 3, 3, 3), np.nan, np.float32).tobytes()
+    return model
+
+
 def two_pools() -> onnx.ModelProto:
     net = nchw()
     trunk = net.trunk()
@@ -382,12 +388,13 @@ def no_pool() -> onnx.ModelProto:
 
 
 REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
-    "MLP": (mlp, r"node 'relu\d+' \(Relu\) stands where .* not two layers"),
+    "MLP": (mlp, r"node 'relu\d+' \(Relu\) stands where .* before another layer"),
     "max pool": (lambda: pooled_by("GlobalMaxPool"), r"node 'globalmaxpool\d+' \(GlobalMaxPool\) stands where global"),
     "partial pool": (lambda: pooled_by("AveragePool", kernel_shape=[4, 4], strides=[4, 4]), r"\(AveragePool\)"),
     "two pools": (two_pools, r"node 'concat\d+' \(Concat\) stands where global average pooling"),
     "attention pool": (attention_pool, r"\(ReduceSum\) stands where"),
     "reordered": (channels_reordered, r"\(Gather\) stands where"),
+    "damaged": (damaged_weights, "stem_weight hold NaN or infinity"),
     "training": (trained, r"\(BatchNormalization\) is in training mode"),
     "activation": (lambda: ending("Tanh"), r"node 'tanh\d+' \(Tanh\)"),
     "two outputs": (several_outputs, "1 inputs and 2 outputs"),
