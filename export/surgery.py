@@ -42,7 +42,7 @@ __all__ = [
 Activation: TypeAlias = Literal["sigmoid", "softmax"]
 Float64: TypeAlias = npt.NDArray[np.float64]
 Shape: TypeAlias = tuple[int | str | None, ...]
-Reference: TypeAlias = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+Reference: TypeAlias = Callable[[npt.NDArray[np.uint8 | np.float32]], npt.NDArray[np.float32]]
 
 _IR_VERSION: Final = 8  # the first that carries opset 18
 _LARGEST_FILE: Final = 2**31 - 1  # protobuf's own limit
@@ -102,8 +102,8 @@ def read_onnx(path: str | Path) -> onnx.ModelProto:
         onnx.load_external_data_for_model(model, str(path.parent))
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
-        _refuse_foreign_operators(model)
         onnx.checker.check_model(model, full_check=True)
+        _refuse_operators(model)
     return model
 
 
@@ -123,7 +123,7 @@ def reference_from_onnx(model: onnx.ModelProto, normalisation: Normalisation) ->
     mean = np.array(normalisation.mean, np.float32)[:, None, None]
     std = np.array(normalisation.std, np.float32)[:, None, None]
 
-    def logits(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def logits(images: npt.NDArray[np.uint8 | np.float32]) -> npt.NDArray[np.float32]:
         rows = []
         for image in images:  # (1, S, S)
             x = (image.astype(np.float32) / 255 - mean) / std  # (channels, S, S)
@@ -225,13 +225,22 @@ def _translated(problem: str) -> Iterator[None]:
         raise CheckpointError(f"{problem} ({type(error).__name__}: {reason})") from error
 
 
-def _refuse_foreign_operators(model: onnx.ModelProto) -> None:
+def _refuse_operators(model: onnx.ModelProto) -> None:
+    """Refuse what is not ONNX's own, and omitted inputs that only some may omit: ONNX Runtime crashes on those."""
+    (version,) = [opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")]
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx"):
             raise CheckpointError(
                 f"node {node.name!r} ({node.op_type}) is of the domain {node.domain!r}; expected ONNX's own operators: "
                 "export the network without runtime-specific optimisations"
             )
+        inputs = onnx.defs.get_schema(node.op_type, version).inputs
+        for position, name in enumerate(node.input):
+            option = inputs[min(position, len(inputs) - 1)].option
+            if not name and option != onnx.defs.OpSchema.FormalParameterOption.Optional:
+                raise CheckpointError(
+                    f"node {node.name!r} ({node.op_type}) lacks its input {position}: export it again"
+                )
 
 
 # The original's input, output and form.
