@@ -280,6 +280,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_leaves_the_old_one(new: Path, small_disk: Path) -> None:
     out = small_disk / "x.bundle"
+    with pytest.raises(BundleError, match="No space left on device"):
+        publish({"large": bytes(5 << 20)}, out, replace=False)
+    assert list(small_disk.iterdir()) == []
     publish(files_of(new), out, replace=False)
     with pytest.raises(BundleError, match=r"x\.bundle cannot be written: No space left on device; what was there is"):
         publish({**files_of(new), "large": bytes(4 << 20)}, out, replace=True)
