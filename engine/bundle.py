@@ -50,7 +50,7 @@ _Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 _Cells = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
-TrainedWith = Literal["skimage", "opencv-area", "opencv-linear", "ten-crop"]
+TrainedWith = Literal["skimage", "opencv-area", "opencv-linear", "pillow-bicubic", "ten-crop"]
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

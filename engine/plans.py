@@ -56,6 +56,7 @@ __all__ = [
     "PlanCache",
     "PlanKey",
     "PlanRecord",
+    "cache_folder",
     "compile_plans",
     "misfit",
     "plan_key",
@@ -233,7 +234,7 @@ class PlanCache:
     """Plans on disk. `trusted`: public keys, PEM files or folders of them, whose signatures are taken too."""
 
     def __init__(self, root: Path | None = None, trusted: Sequence[Path] = ()) -> None:
-        self.root = root or _default_root()
+        self.root = root or cache_folder()
         self.trusted = tuple(trusted)
 
     def has(self, key: PlanKey) -> bool:
@@ -314,7 +315,8 @@ class PlanCache:
         return folder
 
 
-def _default_root() -> Path:
+def cache_folder() -> Path:
+    """Where compiled plans, this machine's key and unfinished calibrations are kept: `$THORAXRT_CACHE`, else XDG's."""
     if named := os.environ.get("THORAXRT_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thoraxrt"

@@ -1,13 +1,14 @@
 """Checkpoint to bundle: export, check every graph against torch, and write all of it or nothing.
 
-`export_bundle` is the story. Owns what a bundle contains; how it appears on disk is
-`thoraxrt.export.publish`'s, reading one `thoraxrt.engine.bundle`'s.
+`export_bundle` is the story. Owns what a bundle contains; what a model is read from is
+`thoraxrt.export.source`'s, how a bundle appears on disk `thoraxrt.export.publish`'s, reading one
+`thoraxrt.engine.bundle`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -20,34 +21,40 @@ import torch
 
 import thoraxrt
 from thoraxrt.engine.boxes import BoxSpec
-from thoraxrt.engine.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Check, FileEntry, Manifest, Network
+from thoraxrt.engine.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Agreement,
+    Bundle,
+    Check,
+    FileEntry,
+    Manifest,
+    Network,
+    Skew,
+)
 from thoraxrt.engine.decode import decode
 from thoraxrt.engine.engine import image_files, read_image
 from thoraxrt.engine.errors import CheckpointError, DatasetError, RequestError
-from thoraxrt.engine.postprocess import OperatingPoint, Sigmoid
-from thoraxrt.engine.preprocess import PreprocessSpec, Shorter, network_input
+from thoraxrt.engine.plans import cache_folder
+from thoraxrt.engine.postprocess import OperatingPoint
+from thoraxrt.engine.preprocess import PreprocessSpec, network_input
 from thoraxrt.export import Track, no_progress
-from thoraxrt.export.checkpoint import Checkpoint, read_checkpoint
-from thoraxrt.export.graph import (
-    IMAGENET,
-    Normalisation,
-    ServedNetwork,
-    onnx_from_network,
-    reference_logits,
-    session_from_graph,
-)
-from thoraxrt.export.half import fp16_from_fp32
+from thoraxrt.export.agreement import agreement
+from thoraxrt.export.calibrate import Parts, parts_from_path
+from thoraxrt.export.graph import session_from_graph
+from thoraxrt.export.half import emulation_from_fp16, fp16_by_measurement
+from thoraxrt.export.int8 import Choice, Int8, int8_by_measurement, int8_from_file
 from thoraxrt.export.nih import LABELS
 from thoraxrt.export.operating_points import operating_points_from_file, operating_points_from_folder
 from thoraxrt.export.phantoms import phantom
 from thoraxrt.export.publish import publish, refuse_to_overwrite
+from thoraxrt.export.sensitivity import logits_from_graph
+from thoraxrt.export.skew import measure_skew
+from thoraxrt.export.source import Given, Source, read_source
 
-__all__ = ["CHEXNET", "PRECISIONS", "ExportOptions", "export_bundle"]
+__all__ = ["PRECISIONS", "ExportOptions", "export_bundle"]
 
-CHEXNET: Final = PreprocessSpec(resize=Shorter(pixels=256), crop=224)
-"""The CheXNet recipe (Rajpurkar et al., arXiv 1711.05225, as its re-implementations run it)."""
-
-PRECISIONS: Final = ("fp32", "fp16")
+PRECISIONS: Final = ("fp32", "fp16", "int8")
 
 _CHECK_IMAGES: Final = 16
 _CHECK_SEED: Final = 7
@@ -57,22 +64,24 @@ _LARGEST_DIFFERENCE: Final = {"fp32": 1e-3, "fp16": 0.25}
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What a checkpoint does not say of itself; the defaults are the CheXNet recipe.
+    """What a bundle is to hold, and what a checkpoint does not say of itself.
 
-    `labels` defaults to the 14 NIH findings. `operating_points` is a JSON file of probabilities by
-    finding, or a folder in the NIH layout to choose them on; without it 0.5, marked as default.
-    `images` is a folder of radiographs to check the graphs on; without it, phantoms.
+    `given` is the user's word on the model, without which the file's or the CheXNet recipe counts.
+    `operating_points` is a JSON file of probabilities by finding, or a folder in the NIH layout to
+    choose them on; without it 0.5, marked as default. `images` is a folder of radiographs to check the
+    graphs on; without it, phantoms. `calibrate`, which INT8 needs, is a folder of radiographs (NIH
+    layout or not), a text file that lists some, or another bundle's `ranges.json`.
 
-    Example: `ExportOptions(precisions=("fp32",), labels=("Pneumonia",), replace=True)`.
+    Example: `ExportOptions(precisions=("fp32", "int8"), calibrate=Path("nih"), replace=True)`.
     """
 
-    precisions: tuple[str, ...] = PRECISIONS
-    labels: tuple[str, ...] | None = None
-    preprocess: PreprocessSpec = CHEXNET
-    normalisation: Normalisation = IMAGENET
+    precisions: tuple[str, ...] = ("fp32", "fp16")
+    given: Given = field(default_factory=Given)
     boxes: BoxSpec = BoxSpec()  # noqa: RUF009 - immutable
     operating_points: Path | None = None
     images: Path | None = None
+    calibrate: Path | None = None
+    method: Choice = "best"
     replace: bool = False
 
     def __post_init__(self) -> None:
@@ -80,122 +89,236 @@ class ExportOptions:
             raise RequestError(f"unknown precision {', '.join(unknown)}; export writes {', '.join(PRECISIONS)}")
         if "fp32" not in self.precisions:
             raise RequestError("fp32 is the oracle that the other precisions are checked against: include it")
+        if "int8" in self.precisions and self.calibrate is None:
+            raise RequestError(
+                "int8 needs radiographs to compute its ranges on, random data would give random ranges: name a folder of "
+                "some hundred with --calibrate, or leave int8 out of --precision"
+            )
 
 
 def export_bundle(
     checkpoint: str | Path, out: str | Path, options: ExportOptions | None = None, track: Track = no_progress
 ) -> Bundle:
-    """Write the bundle of a checkpoint to the folder `out`, whole or not at all.
+    """Write the bundle of a model to the folder `out`, whole or not at all.
 
-    Raises CheckpointError where the checkpoint cannot be read or its graph disagrees with torch,
+    Raises CheckpointError where the model cannot be read or its graph disagrees with the original,
     RequestError where labels or precisions do not fit, DatasetError for unusable image folders,
     BundleError where `out` exists (unless `replace`) or cannot be written.
     """
     options = options or ExportOptions()
     out = Path(out)
     refuse_to_overwrite(out, options.replace)
-    source = read_checkpoint(checkpoint)
-    labels = _labels(options, source.network.head.out_features)
-    served = ServedNetwork(source.network, options.normalisation, options.preprocess.input_size)
-    graphs = _graphs(served, options, track)
-    checks, cam = _check(graphs, source, options, track)
+    source = read_source(checkpoint, options.given)
+    labels = _labels(source)
+    checked_on = _check_images(options)
+    graphs = _graphs(source, labels, checked_on, options, track)
+    checks, cam = _check(graphs, source, checked_on, track)
+    files = graphs.files()
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         network=Network(
-            name=source.network.name,
+            name=source.name,
             cam_height=cam.shape[2],
             cam_width=cam.shape[3],
-            bias=tuple(served.bias.tolist()),
+            bias=tuple(source.bias.tolist()),
             checkpoint_sha256=source.sha256,
         ),
         labels=labels,
-        activation=Sigmoid(),
-        preprocess=options.preprocess,
+        activation=source.activation,
+        preprocess=source.preprocess,
         boxes=options.boxes,
-        operating_points=_operating_points(graphs["fp32"], labels, options, track),
+        operating_points=_operating_points(source, labels, options, track),
         checks=checks,
+        skew=_skew(source, checked_on),
+        calibration=graphs.int8.ranges.calibration if graphs.int8 else None,
+        agreement=graphs.agreement,
+        kept_in_fp32=graphs.kept_in_fp32,
         recommended=None,
         producer=_producer(),
         files={
-            Bundle.graph_name(precision): FileEntry(sha256=hashlib.sha256(graph).hexdigest(), size=len(graph))
-            for precision, graph in graphs.items()
+            name: FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in files.items()
         },
     )
-    files = {Bundle.graph_name(precision): graph for precision, graph in graphs.items()}
     files[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     publish(files, out, replace=options.replace)
+    graphs.state.unlink(missing_ok=True)
     return Bundle.open(out)
 
 
-def _labels(options: ExportOptions, classes: int) -> tuple[str, ...]:
-    labels = options.labels or LABELS
-    if len(labels) != classes:
+def _labels(source: Source) -> tuple[str, ...]:
+    labels, outputs = source.labels or LABELS, len(source.bias)
+    if len(labels) != outputs:
         raise RequestError(
-            f"the network has {classes} outputs, {'these' if options.labels else 'the NIH'} labels are {len(labels)}: "
+            f"the network has {outputs} outputs, {'these' if source.labels else 'the NIH'} labels are {len(labels)}: "
             "name its labels in order with --labels"
         )
-    return tuple(labels)
+    return labels
 
 
-def _graphs(served: ServedNetwork, options: ExportOptions, track: Track) -> dict[str, bytes]:
-    """Each precision's serialised ONNX."""
-    wanted = [precision for precision in PRECISIONS if precision in options.precisions]  # fp32 first, always
-    models: dict[str, onnx.ModelProto] = {}
-    for precision in track(wanted, "Exporting graphs", len(wanted)):
-        if precision == "fp32":
-            models[precision] = onnx_from_network(served, options.preprocess.input_size)
-        else:
-            models[precision] = fp16_from_fp32(models["fp32"])
-    return {precision: model.SerializeToString(deterministic=True) for precision, model in models.items()}
+# --- what the graphs are checked on --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CheckImages:
+    """Radiographs uint8 `(H, W)`, and in words which they are."""
+
+    pixels: tuple[npt.NDArray[np.uint8], ...]
+    data: str
+
+    def inputs(self, spec: PreprocessSpec) -> list[npt.NDArray[np.uint8]]:
+        """The network inputs, uint8 `(1, S, S)`."""
+        return [network_input(pixels, spec) for pixels in self.pixels]
+
+
+def _check_images(options: ExportOptions) -> _CheckImages:
+    if options.images is None:
+        pixels = tuple(phantom(_CHECK_SEED, index).pixels for index in range(_CHECK_IMAGES))
+        return _CheckImages(pixels=pixels, data=f"{len(pixels)} phantoms")
+    paths = image_files(options.images)[:_CHECK_IMAGES]
+    if not paths:
+        raise DatasetError(f"{options.images} holds no PNG, JPEG or DICOM file to check the graphs on")
+    return _CheckImages(
+        pixels=tuple(decode(read_image(path)).pixels for path in paths),
+        data=f"{len(paths)} radiographs of {options.images.name}",
+    )
 
 
 def _check(
-    graphs: dict[str, bytes], source: Checkpoint, options: ExportOptions, track: Track
+    graphs: _Graphs, source: Source, checked_on: _CheckImages, track: Track
 ) -> tuple[dict[str, Check], npt.NDArray[np.float32]]:
-    """Each graph's largest logit difference to torch, and the last CAM float32 `(1, C, h, w)`."""
-    data, inputs = _check_inputs(options)
-    sessions = {precision: session_from_graph(graph) for precision, graph in graphs.items()}
-    differences: dict[str, list[float]] = {precision: [] for precision in graphs}
-    for image in track(inputs, "Checking graphs against torch", len(inputs)):
-        expected = reference_logits(source.network, options.normalisation, image[np.newaxis])
+    """Each graph's largest logit difference to the original, and the last CAM float32 `(1, C, h, w)`.
+
+    The FP16 graph is run with its roundings made explicit: ONNX Runtime leaves some of them out on a CPU.
+    """
+    inputs = checked_on.inputs(source.preprocess)
+    models = {name: emulation_from_fp16(model) if name == "fp16" else model for name, model in graphs.models.items()}
+    sessions = {precision: session_from_graph(model.SerializeToString()) for precision, model in models.items()}
+    differences: dict[str, list[float]] = {precision: [] for precision in sessions}
+    for image in track(inputs, "Checking graphs against the original", len(inputs)):
+        expected = source.reference(image[np.newaxis])
         for precision, session in sessions.items():
             logits, cam = session.run(["logits", "cam"], {"image": image[np.newaxis]})
             differences[precision].append(float(np.abs(logits - expected).max()))
-    for precision, values in differences.items():
+    for precision, limit in _LARGEST_DIFFERENCE.items():
         # NaN compares false: written so that it is refused.
-        if not max(values) <= _LARGEST_DIFFERENCE[precision] or np.isnan(values).any():
+        if any(not value <= limit for value in differences.get(precision, [])):
             raise CheckpointError(
-                f"the {precision} graph's logits differ from torch's by up to {max(values):.3g} on {data}; expected at most "
-                f"{_LARGEST_DIFFERENCE[precision]}: "
+                f"the {precision} graph's logits differ from torch's by up to {max(differences[precision]):.3g} on "
+                f"{checked_on.data}; expected at most {limit}: "
                 + ("export --precision fp32" if precision != "fp32" else "check --mean, --std and the checkpoint")
             )
     return {
-        precision: Check(max_logit_difference=max(values), images=len(inputs), data=data)
+        precision: Check(max_logit_difference=max(values), images=len(inputs), data=checked_on.data)
         for precision, values in differences.items()
     }, cam
 
 
-def _check_inputs(options: ExportOptions) -> tuple[str, list[npt.NDArray[np.uint8]]]:
-    """What the graphs are checked on, in words, and the network inputs uint8 `(1, S, S)`."""
-    if options.images is None:
-        pixels = [phantom(_CHECK_SEED, index).pixels for index in range(_CHECK_IMAGES)]
-        return f"{len(pixels)} phantoms", [network_input(p, options.preprocess) for p in pixels]
-    paths = image_files(options.images)[:_CHECK_IMAGES]
-    inputs = [network_input(decode(read_image(path)).pixels, options.preprocess) for path in paths]
-    if not inputs:
-        raise DatasetError(f"{options.images} holds no PNG, JPEG or DICOM file to check the graphs on")
-    return f"{len(inputs)} radiographs of {options.images.name}", inputs
+def _skew(source: Source, checked_on: _CheckImages) -> Skew | None:
+    if source.trained_with is None:
+        return None
+    return measure_skew(
+        source.reference,
+        checked_on.pixels,
+        checked_on.data,
+        spec=source.preprocess,
+        trained_with=source.trained_with,
+        activation=source.activation,
+    )
+
+
+# --- the graphs ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Graphs:
+    """Each precision's graph, and what measuring gave besides."""
+
+    models: dict[str, onnx.ModelProto]
+    int8: Int8 | None
+    kept_in_fp32: dict[str, tuple[str, ...]]
+    agreement: dict[str, Agreement]
+    state: Path
+
+    def files(self) -> dict[str, bytes]:
+        """The bundle's files by name, but for its manifest."""
+        graphs = {Bundle.graph_name(name): model for name, model in self.models.items()}
+        return {name: model.SerializeToString(deterministic=True) for name, model in graphs.items()} | (
+            self.int8.files if self.int8 else {}
+        )
+
+
+def _graphs(
+    source: Source, labels: tuple[str, ...], checked_on: _CheckImages, options: ExportOptions, track: Track
+) -> _Graphs:
+    """The graphs asked for, and how far each is from FP32 on radiographs that no choice was made on."""
+    models = {"fp32": source.graph}
+    kept_in_fp32, int8, parts = {}, None, None
+    state = _state(source)
+    if options.calibrate is not None and options.calibrate.suffix != ".json":
+        parts = parts_from_path(options.calibrate)
+    if "fp16" in options.precisions:
+        inputs = list(parts.select.inputs(source.preprocess)) if parts else checked_on.inputs(source.preprocess)
+
+        def meets(logits: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]) -> bool:
+            return agreement(logits, reference, source.activation, labels, None).meets_bar
+
+        half = fp16_by_measurement(source.graph, lambda: inputs, meets, track)
+        models["fp16"], kept_in_fp32["fp16"] = half.model, half.kept
+    if "int8" in options.precisions:
+        int8 = _int8(source, labels, parts, options, state, track)
+        models["int8"], kept_in_fp32["int8"] = int8.model, int8.ranges.float_layers
+    judged = _judged(models, source, labels, parts, track) if parts else {}
+    return _Graphs(models=models, int8=int8, kept_in_fp32=kept_in_fp32, agreement=judged, state=state)
+
+
+def _int8(
+    source: Source, labels: tuple[str, ...], parts: Parts | None, options: ExportOptions, state: Path, track: Track
+) -> Int8:
+    assert options.calibrate is not None  # ExportOptions holds it
+    if parts is not None:
+        return int8_by_measurement(
+            source.graph, parts, source.preprocess, source.activation, labels, options.method, state, track
+        )
+    return int8_from_file(source.graph, options.calibrate)
+
+
+def _judged(
+    models: dict[str, onnx.ModelProto], source: Source, labels: tuple[str, ...], parts: Parts, track: Track
+) -> dict[str, Agreement]:
+    """The agreement of each lower precision with FP32 on the part of the images that was kept for it."""
+    positive = parts.judge.positive(labels)
+    runnable = {name: emulation_from_fp16(model) if name == "fp16" else model for name, model in models.items()}
+    logits = {
+        name: logits_from_graph(
+            model, track(parts.judge.inputs(source.preprocess), f"Judging {name}", len(parts.judge))
+        )
+        for name, model in runnable.items()
+    }
+    return {
+        name: agreement(values, logits["fp32"], source.activation, labels, positive)
+        for name, values in logits.items()
+        if name != "fp32"
+    }
+
+
+def _state(source: Source) -> Path:
+    """Where an unfinished calibration is kept: a run on the same model finds it there."""
+    return cache_folder() / "calibration" / f"{source.sha256[:32]}.npz"
+
+
+# --- the rest of the manifest --------------------------------------------------------------------------
 
 
 def _operating_points(
-    graph: bytes, labels: tuple[str, ...], options: ExportOptions, track: Track
+    source: Source, labels: tuple[str, ...], options: ExportOptions, track: Track
 ) -> tuple[OperatingPoint, ...]:
-    source = options.operating_points
-    if source is None:
+    file = options.operating_points
+    if file is None:
         return tuple(OperatingPoint(finding=label) for label in labels)
-    if source.is_dir():
-        return operating_points_from_folder(source, graph, labels, options.preprocess, Sigmoid(), track)
-    return operating_points_from_file(source, labels)
+    if file.is_dir():
+        graph = source.graph.SerializeToString(deterministic=True)
+        return operating_points_from_folder(file, graph, labels, source.preprocess, source.activation, track)
+    return operating_points_from_file(file, labels)
 
 
 def _producer() -> dict[str, str]:

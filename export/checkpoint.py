@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from thoraxrt.engine.bundle import TrainedWith
 from thoraxrt.engine.errors import CheckpointError
 from thoraxrt.engine.preprocess import PreprocessSpec
 from thoraxrt.export import hub, xrv
@@ -26,7 +27,7 @@ from thoraxrt.export.graph import Normalisation
 from thoraxrt.export.networks import CxrNetwork, ResNet, network_from_state
 from thoraxrt.export.pickled import Shell, content_from_pickle, state_from_shell
 
-__all__ = ["Checkpoint", "read_checkpoint", "torchvision_names"]
+__all__ = ["Checkpoint", "read_checkpoint", "read_state", "torchvision_names"]
 
 # Where training scripts keep the weights inside a larger dict; Lightning's is state_dict.
 _CONTAINERS = ("state_dict", "model_state_dict", "model")
@@ -54,7 +55,7 @@ class Checkpoint:
     op_thresholds: tuple[float, ...] | None = None
     normalisation: Normalisation | None = None
     preprocess: PreprocessSpec | None = None
-    trained_with: str | None = None
+    trained_with: TrainedWith | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -100,6 +101,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         "trained_with": config.trained_with,
     }
     return replace(checkpoint, **{field: value for field, value in said.items() if value is not None})
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint file of whatever network, under the file's own names. Raises CheckpointError."""
+    return _tensors(_weights(_read(path), path).state, path)
 
 
 class _Weights(NamedTuple):

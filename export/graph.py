@@ -108,9 +108,9 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def reference_logits(
-    network: CxrNetwork, normalisation: Normalisation, images: npt.NDArray[np.uint8]
+    network: nn.Module, normalisation: Normalisation, images: npt.NDArray[np.uint8 | np.float32]
 ) -> npt.NDArray[np.float32]:
-    """Torch's own logits float32 `(N, C)` for uint8 `(N, 1, S, S)`: normalised as in training, nothing folded."""
+    """Torch's own logits float32 `(N, C)` for pixels `(N, 1, S, S)` in 0..255: normalised as in training, nothing folded."""
     mean = torch.tensor(normalisation.mean)[None, :, None, None]
     std = torch.tensor(normalisation.std)[None, :, None, None]
     with torch.inference_mode():

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
+from thoraxrt.engine.bundle import TrainedWith
 from thoraxrt.engine.errors import CheckpointError
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
 from thoraxrt.export.graph import Normalisation
@@ -31,7 +32,7 @@ class _Pretrained(msgspec.Struct, kw_only=True):
     std: tuple[float, ...] | None = None
     crop_pct: float = 0.875
     crop_mode: str = "center"
-    interpolation: str = "bicubic"
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
 
 class HubConfig(msgspec.Struct, kw_only=True):
@@ -108,12 +109,10 @@ class HubConfig(msgspec.Struct, kw_only=True):
         return spec
 
     @property
-    def trained_with(self) -> str | None:
-        """`pillow-` and timm's interpolation, where it is not bilinear; None without a geometry."""
+    def trained_with(self) -> TrainedWith | None:
+        """timm's interpolation where it is bicubic; None without a geometry."""
         cfg = self.pretrained_cfg
-        if cfg is None or cfg.input_size is None or cfg.interpolation == "bilinear":
-            return None
-        return f"pillow-{cfg.interpolation}"
+        return "pillow-bicubic" if cfg and cfg.input_size and cfg.interpolation == "bicubic" else None
 
 
 def read_config(folder: Path) -> HubConfig:

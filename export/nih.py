@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from thoraxrt.engine.errors import DatasetError
 
-__all__ = ["LABELS", "NihBox", "NihDataset", "NihRecord", "Split"]
+__all__ = ["LABELS", "NihBox", "NihDataset", "NihRecord", "Split", "is_nih_layout"]
 
 LABELS = (
     "Atelectasis",
@@ -142,6 +142,11 @@ class NihDataset:
 
     def _where(self, records: Iterable[NihRecord]) -> NihDataset:
         return NihDataset(self.folder, tuple(records))
+
+
+def is_nih_layout(folder: Path) -> bool:
+    """Whether a folder has the data entry file that `NihDataset.open` begins with."""
+    return any((folder / name).is_file() for name in _ENTRIES)
 
 
 # --- the files -------------------------------------------------------------------------------------------

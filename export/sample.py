@@ -36,11 +36,11 @@ from torch.nn import functional
 
 from thoraxrt.engine.boxes import BoxSpec, boxes_from_cam, iobb
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec, network_input
-from thoraxrt.export.bundle import CHEXNET
 from thoraxrt.export.graph import IMAGENET
 from thoraxrt.export.networks import CxrNetwork, DenseNet
 from thoraxrt.export.nih import LABELS, NihBox
 from thoraxrt.export.phantoms import PLANTED, SIDE, phantom
+from thoraxrt.export.source import CHEXNET
 
 __all__ = [
     "SAMPLE_BOXES",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from skimage import transform
 
 from thoraxrt.engine.bundle import Skew, TrainedWith
@@ -74,18 +75,23 @@ def trained_inputs(
 
     `skimage` and `opencv-area` are the two engines of TorchXRayVision 1.5's XRayResizer,
     `opencv-linear` is OpenCV's default, which does not antialias; all three between the spec's
-    square and its centre crop, in float32, K = 1. `ten-crop` is torchvision's TenCrop of the image
+    square and its centre crop, in float32, K = 1. `pillow-bicubic` is timm's default, K = 1. `ten-crop` is torchvision's TenCrop of the image
     as Pillow resizes it, K = 10.
     """
     height, width = pixels.shape
     geometry = spec.geometry(width, height)
     if trained_with == "ten-crop":
         return _ten_crops(resized(pixels, geometry), geometry.size).astype(np.float32)
+    top, left, size = geometry.top, geometry.left, geometry.size
+    window = np.s_[np.newaxis, np.newaxis, top : top + size, left : left + size]
+    if trained_with == "pillow-bicubic":
+        source = Image.fromarray(geometry.source(pixels))
+        shape = (geometry.resized_width, geometry.resized_height)
+        return np.asarray(source.resize(shape, Image.Resampling.BICUBIC), np.float32)[window]
     # Resized in TorchXRayVision's range: skimage pads with 0, which is mid-gray there and black in 0..255.
     scaled = (geometry.source(pixels).astype(np.float32) / 255 * 2 - 1) * 1024
     image = (_shrunk(scaled, geometry, trained_with) / 1024 + 1) / 2 * 255
-    top, left, size = geometry.top, geometry.left, geometry.size
-    return np.asarray(image, np.float32)[np.newaxis, np.newaxis, top : top + size, left : left + size]
+    return np.asarray(image, np.float32)[window]
 
 
 def _shrunk(image: npt.NDArray[np.floating], geometry: Geometry, trained_with: TrainedWith) -> npt.NDArray[np.float32]:

@@ -19,6 +19,7 @@ from thoraxrt import __version__
 from thoraxrt.engine.errors import RequestError, ThoraxrtError
 
 if TYPE_CHECKING:
+    from thoraxrt.engine.backends.tensorrt import PlanOptions
     from thoraxrt.engine.bundle import Bundle
     from thoraxrt.engine.engine import Prediction
     from thoraxrt.engine.plans import Compiled
@@ -99,12 +100,38 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pth, .pt, .tar or .safetensors file.", show_default=False)],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A .pth, .pt, .tar, .ckpt, .safetensors or .onnx file, or a Hugging Face style folder.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The bundle's folder, made whole or not at all.", show_default=False)],
-    precision: Annotated[str, typer.Option(help="Graphs to write, comma-separated.")] = "fp32,fp16",
+    precision: Annotated[str, typer.Option(help="Graphs to write, comma-separated: fp32, fp16, int8.")] = "fp32,fp16",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="For int8: a folder of radiographs (NIH layout or not), a text file that lists some, or another "
+            "bundle's ranges.json.",
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--calibration-method", help="minmax, percentile, entropy, mse; best measures all four.")
+    ] = "best",
+    target: Annotated[
+        str | None,
+        typer.Option(help="Compile TensorRT plans as well, for these GPU architectures: sm86,sm89,sm120 for example."),
+    ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(help="The network's outputs in order, comma-separated; else the 14 NIH findings."),
+        typer.Option(
+            help="The network's outputs in order, comma-separated; else the file's, else the 14 NIH findings."
+        ),
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="sigmoid or softmax; else the file's, else sigmoid.", show_default=False)
     ] = None,
     operating_points: Annotated[
         Path | None,
@@ -117,48 +144,133 @@ def export(
         Path | None,
         typer.Option(help="A folder of radiographs to check the graphs on; else phantoms."),
     ] = None,
-    resize: Annotated[str, typer.Option(help="shorter:N, or exact:WxH.")] = "shorter:256",
-    crop: Annotated[int, typer.Option(help="Side of the centre crop; 0 for none.")] = 224,
+    input_size: Annotated[
+        int | None, typer.Option(help="Resize the shorter side to N and crop N x N: 320, 448, 512 ...")
+    ] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="shorter:N, or exact:WxH; else the file's, else shorter:256.")
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option(help="Side of the centre crop, 0 for none; else the file's, else 224.")
+    ] = None,
+    square: Annotated[
+        bool, typer.Option("--square", help="Cut the radiograph to its centre square before the resize.")
+    ] = False,
+    trained_with: Annotated[
+        str | None,
+        typer.Option(
+            help="What training did instead of Pillow's bilinear resize and one crop (skimage, opencv-area, "
+            "opencv-linear, pillow-bicubic, ten-crop): how far serving is from it is measured and written down."
+        ),
+    ] = None,
     mean: Annotated[
-        str, typer.Option(help="What training subtracted, per channel, of pixels in 0..1.")
-    ] = "0.485,0.456,0.406",
-    std: Annotated[str, typer.Option(help="What training divided by.")] = "0.229,0.224,0.225",
+        str | None,
+        typer.Option(
+            help="What training subtracted, per channel, of pixels in 0..1; else the file's, else ImageNet's."
+        ),
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="What training divided by; goes with --mean.")] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="Your own code: called without arguments, it makes the module whose weights the checkpoint holds.",
+        ),
+    ] = None,
     box_threshold: Annotated[
         float, typer.Option(help="Share of a CAM's range from which a pixel belongs to a box.")
     ] = 180 / 255,
     replace: Annotated[bool, typer.Option("--replace", help="Exchange an existing bundle, atomically.")] = False,
 ) -> None:
-    """Turn a PyTorch checkpoint into a bundle.
+    """Turn a trained classifier into a bundle.
 
-    DenseNets and ResNets are recognised by their weights' names; every graph is checked against torch.
+    DenseNets and ResNets are recognised by their weights' names; any other network that ends in global average
+    pooling and one linear layer comes as ONNX or with --network. Every graph is checked against the original.
 
     [bold]thoraxrt export densenet121-nih.pth.tar --out chexnet.bundle[/]
+
+    [bold]thoraxrt export densenet121-nih.pth.tar --out chexnet.bundle --precision fp32,fp16,int8 --calibrate nih[/]
     """
+    import msgspec
+
     from thoraxrt.engine.boxes import BoxSpec
-    from thoraxrt.engine.preprocess import PreprocessSpec
+    from thoraxrt.engine.bundle import TrainedWith
     from thoraxrt.export.bundle import ExportOptions, export_bundle
     from thoraxrt.export.graph import Normalisation
+    from thoraxrt.export.int8 import Choice
+    from thoraxrt.export.source import ACTIVATIONS, Given
 
+    if (mean is None) != (std is None):
+        raise RequestError("--mean and --std go together: give both, or neither")
+    if activation not in (None, *ACTIVATIONS):
+        raise RequestError(f"--activation {activation}: expected one of {', '.join(ACTIVATIONS)}")
     try:
         options = ExportOptions(
             precisions=tuple(precision.split(",")),
-            labels=tuple(label.strip() for label in labels.split(",")) if labels else None,
-            preprocess=PreprocessSpec(resize=_resize(resize), crop=crop or None),
-            normalisation=Normalisation(mean=_numbers(mean), std=_numbers(std)),
+            given=Given(
+                labels=tuple(label.strip() for label in labels.split(",")) if labels else None,
+                activation=ACTIVATIONS[activation] if activation else None,
+                preprocess=_preprocess(input_size, resize, crop, square),
+                normalisation=Normalisation(mean=_numbers(mean), std=_numbers(std)) if mean and std else None,
+                trained_with=msgspec.convert(trained_with, TrainedWith | None),
+                network=network,
+            ),
             boxes=BoxSpec(threshold=box_threshold),
             operating_points=operating_points,
             images=images,
+            calibrate=calibrate,
+            method=msgspec.convert(method, Choice),
             replace=replace,
         )
     except ValueError as error:
         raise RequestError(str(error)) from error
+    if target:  # refused before the long work, not after it
+        _plan_options(target)
     bundle = export_bundle(checkpoint, out, options, _track)
-    for name, check in bundle.manifest.checks.items():
+    _show_export(bundle)
+    if target:
+        compile_bundle(out, target=target)
+
+
+def _preprocess(input_size: int | None, resize: str | None, crop: int | None, square: bool) -> PreprocessSpec | None:
+    from thoraxrt.engine.preprocess import PreprocessSpec, Shorter
+
+    if input_size is not None:
+        if resize is not None or crop is not None:
+            raise RequestError("--input-size says both resize and crop: leave out --resize and --crop, or --input-size")
+        return PreprocessSpec(resize=Shorter(pixels=input_size), crop=input_size, square=square)
+    if resize is None and crop is None and not square:
+        return None
+    return PreprocessSpec(
+        resize=_resize(resize or "shorter:256"), crop=224 if crop is None else crop or None, square=square
+    )
+
+
+def _show_export(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    for name, check in manifest.checks.items():
+        kept = manifest.kept_in_fp32.get(name)
         print(
-            f"{name}: logits within {check.max_logit_difference:.1e} of torch on {check.data}, "
-            f"{bundle.manifest.files[bundle.graph_name(name)].size / 1e6:.1f} MB"
+            f"{name}: logits within {check.max_logit_difference:.1e} of the original on {check.data}, "
+            f"{manifest.files[bundle.graph_name(name)].size / 1e6:.1f} MB"
+            + (f", {len(kept)} {'convolutions' if name == 'int8' else 'nodes'} kept in fp32" if kept else "")
         )
-    print(f"{bundle.manifest.network.name} -> {out}")
+    for name, agreement in manifest.agreement.items():
+        told = [finding for finding in agreement.findings if finding.verdict != "cannot tell"]
+        beyond = [finding.finding for finding in told if finding.verdict == "beyond"]
+        print(
+            f"{name} against fp32 on {agreement.images} radiographs that nothing was chosen on: probability error "
+            f"{agreement.mean_error:.4f} on average, {agreement.p99_error:.4f} at the 99th percentile, rank correlation "
+            f"{agreement.rank_correlation:.4f}; AUROC of {len(told)} findings judged, {len(beyond)} beyond 0.005"
+            + (f" ({', '.join(beyond)})" if beyond else "")
+            + (": meets the bar" if agreement.meets_bar else ": MISSES THE BAR")
+        )
+    if skew := manifest.skew:
+        print(
+            f"served geometry against {skew.trained_with} of training: probability differs by "
+            f"{skew.mean_probability_difference:.4f} on average, at most {skew.max_probability_difference:.4f}, on {skew.data}"
+        )
+    print(f"{manifest.network.name} -> {bundle.path}")
 
 
 @app.command("compile")
@@ -199,25 +311,19 @@ def compile_bundle(
 
     [bold]thoraxrt compile chexnet.bundle --precision fp16,int8 --target sm86,sm89,sm120[/]
     """
-    from thoraxrt.engine.backends.tensorrt import PlanOptions
     from thoraxrt.engine.plans import PRECISIONS, PlanCache, compile_plans
 
     if (key is None) != (out is None):
         raise RequestError("--sign KEY and --out DIR go together: a plan leaves this machine signed")
-    if not all(size.isdecimal() for size in batch.split(",")):
-        raise RequestError(f"--batch {batch}: expected sizes separated by commas, 1,8,32 for example")
-    try:
-        options = PlanOptions(
-            buckets=tuple(map(int, batch.split(","))),
-            targets=tuple(target.split(",")) if target else (),
-            optimization_level=optimization_level,
-            workspace_mib=workspace,
-            hardware_compatible=hardware_compatible,
-            version_compatible=version_compatible,
-            strip_weights=strip_weights,
-        )
-    except ValueError as error:
-        raise RequestError(str(error)) from error
+    options = _plan_options(
+        target,
+        batch,
+        optimization_level=optimization_level,
+        workspace_mib=workspace,
+        hardware_compatible=hardware_compatible,
+        version_compatible=version_compatible,
+        strip_weights=strip_weights,
+    )
     opened = _open(bundle, require_signature)
     held = [name for name in PRECISIONS if opened.graph_name(name) in opened.manifest.files]
     precisions = precision.split(",") if precision else held
@@ -225,6 +331,20 @@ def compile_bundle(
     for compiled in _track(compile_plans(opened, precisions, options, cache), "Compiling plans", len(precisions)):
         folder = PlanCache(out).ship(compiled.cached, key) if out and key else compiled.cached.folder
         print(f"{_plan_text(compiled)} -> {folder}")
+
+
+def _plan_options(target: str | None, batch: str = "1,8,32", **options: Any) -> PlanOptions:
+    from thoraxrt.engine.backends.tensorrt import PlanOptions, installed_flavour, supported_options
+
+    if not all(size.isdecimal() for size in batch.split(",")):
+        raise RequestError(f"--batch {batch}: expected sizes separated by commas, 1,8,32 for example")
+    try:
+        wanted = PlanOptions(
+            buckets=tuple(map(int, batch.split(","))), targets=tuple(target.split(",")) if target else (), **options
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    return supported_options(wanted, installed_flavour())
 
 
 def _plan_text(compiled: Compiled) -> str:

@@ -17,11 +17,12 @@ from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import BundleError, CheckpointError, DatasetError, RequestError
 from thoraxrt.engine.postprocess import Sigmoid
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec
-from thoraxrt.export import bundle as export_module
+from thoraxrt.export import source as source_module
 from thoraxrt.export.bundle import ExportOptions, export_bundle
 from thoraxrt.export.networks import ResNet
 from thoraxrt.export.operating_points import operating_points_from_file, youden
 from thoraxrt.export.phantoms import write_phantoms
+from thoraxrt.export.source import Given
 
 Options = Callable[..., ExportOptions]
 
@@ -43,7 +44,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ExportOpt
     for seed in range(2):
         pixels = np.random.default_rng(seed).integers(0, 256, (64, 64), np.uint8)
         Image.fromarray(pixels).save(folder / f"{seed}.png")
-    return partial(ExportOptions, preprocess=TINY, images=folder)
+    return partial(ExportOptions, given=Given(preprocess=TINY), images=folder)
 
 
 def test_a_bundle_holds_what_its_manifest_says(checkpoint: Path, options: Options, tmp_path: Path) -> None:
@@ -84,8 +85,8 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(checkpoint: Path, options:
 def test_a_graph_that_disagrees_with_torch_writes_nothing(
     checkpoint: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = export_module.reference_logits
-    monkeypatch.setattr(export_module, "reference_logits", lambda *arguments: real(*arguments) + 1)
+    real = source_module.reference_logits
+    monkeypatch.setattr(source_module, "reference_logits", lambda *arguments: real(*arguments) + 1)
     with pytest.raises(CheckpointError, match="differ from torch"):
         export_bundle(checkpoint, tmp_path / "tiny.bundle", options())
     assert list(tmp_path.iterdir()) == []
@@ -93,7 +94,9 @@ def test_a_graph_that_disagrees_with_torch_writes_nothing(
 
 def test_labels_must_fit_the_network(checkpoint: Path, options: Options, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="14 outputs, these labels are 2"):
-        export_bundle(checkpoint, tmp_path / "tiny.bundle", options(labels=("Mass", "Edema")))
+        export_bundle(
+            checkpoint, tmp_path / "tiny.bundle", options(given=Given(labels=("Mass", "Edema"), preprocess=TINY))
+        )
 
 
 @pytest.mark.parametrize("precisions", [("fp16",), ("fp32", "fp8")])

@@ -105,8 +105,10 @@ from pathlib import Path
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec
 from thoraxrt.export.bundle import ExportOptions, export_bundle
+from thoraxrt.export.source import Given
 
-options = ExportOptions(precisions=("fp32",), preprocess=PreprocessSpec(resize=Exact(width=64, height=64)), replace=True)
+given = Given(preprocess=PreprocessSpec(resize=Exact(width=64, height=64)))
+options = ExportOptions(precisions=("fp32",), given=given, replace=True)
 out = Path(sys.argv[2])
 def unfinished(): return list(out.parent.glob(".*.unfinished"))
 for moment in sys.argv[3:]:

@@ -1,0 +1,197 @@
+"""What quantising each convolution costs, and the fewest that must stay in float.
+
+Owns the search and its picture. Measures on radiographs that ranges were not computed on; whether a
+choice is good is `thoraxrt.export.agreement`'s to say.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+from matplotlib.figure import Figure
+
+from thoraxrt.engine.bundle import Agreement
+from thoraxrt.export import Track, no_progress
+from thoraxrt.export.agreement import MEAN_ERROR, P99_ERROR
+from thoraxrt.export.calibrate import METHODS, Method, parallel, single_threaded
+from thoraxrt.export.quantise import int8_from_fp32, quantisable_layers
+
+__all__ = [
+    "Inputs",
+    "LayerCost",
+    "Step",
+    "TradeOff",
+    "choose_layers",
+    "choose_method",
+    "logit_error",
+    "logits_from_graph",
+    "plot",
+]
+
+Inputs = Sequence[npt.NDArray[np.uint8]]
+"""Network inputs, uint8 `(1, S, S)` each."""
+
+Compare = Callable[[npt.NDArray[np.float32]], Agreement]
+"""The agreement of logits `(N, C)` on the same inputs with FP32's."""
+
+
+class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What it costs to quantise one convolution alone.
+
+    `logit_error` is the root mean square difference to FP32's logits; `auroc_change` the largest
+    absolute one among the findings that enough images show, None where no finding has enough.
+    """
+
+    layer: str
+    logit_error: float
+    auroc_change: float | None
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """A point of the trade-off: the agreement with so many of the costliest convolutions in float."""
+
+    float_layers: int
+    agreement: Agreement
+
+
+class TradeOff(msgspec.Struct, frozen=True, kw_only=True):
+    """The costs, costliest first; the curve, by number of float layers; and the layers to keep in float."""
+
+    method: Method
+    costs: tuple[LayerCost, ...]
+    curve: tuple[Step, ...]
+    float_layers: tuple[str, ...]
+
+
+def logits_from_graph(model: onnx.ModelProto, inputs: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+    """The graph's logits, float32 `(N, C)`, an image at a time."""
+    session = single_threaded(model.SerializeToString(deterministic=True))
+
+    def logits(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        (result,) = session.run(["logits"], {"image": image[np.newaxis]})
+        return np.asarray(result[0], np.float32)
+
+    return np.stack(list(parallel(logits, inputs)))
+
+
+def logit_error(model: onnx.ModelProto, inputs: Inputs, reference: npt.NDArray[np.float32]) -> float:
+    """The root mean square difference of the graph's logits to `reference`, float32 `(N, C)`."""
+    return _rms(logits_from_graph(model, inputs) - reference)
+
+
+def choose_method(
+    model: onnx.ModelProto,
+    ranges: Mapping[Method, Mapping[str, float]],
+    inputs: Inputs,
+    reference: npt.NDArray[np.float32],
+) -> Method:
+    """The calibration method with the smallest root mean square logit error, everything quantised."""
+    layers = quantisable_layers(model)
+
+    def error(method: Method) -> float:
+        return logit_error(int8_from_fp32(model, ranges[method], layers), inputs, reference)
+
+    return min(METHODS, key=error)
+
+
+def choose_layers(
+    model: onnx.ModelProto,
+    method: Method,
+    ranges: Mapping[str, float],
+    inputs: Inputs,
+    reference: npt.NDArray[np.float32],
+    compare: Compare,
+    track: Track = no_progress,
+) -> TradeOff:
+    """Measure each convolution alone, then find how few of the costliest must stay in float to meet the bar.
+
+    The curve doubles the number in float; between the first one that meets the bar and the one
+    before it, bisection. Of the layers so kept, each that turns out not to be needed is given back,
+    the cheapest first. `ranges` are by tensor, `reference` FP32's logits `(N, C)`.
+    """
+    layers = list(quantisable_layers(model))
+    measured = []
+    for layer in track(layers, "Measuring each layer", len(layers)):
+        logits = logits_from_graph(int8_from_fp32(model, ranges, [layer]), inputs)
+        measured.append(
+            LayerCost(layer=layer, logit_error=_rms(logits - reference), auroc_change=_auroc_change(compare(logits)))
+        )
+    costs = sorted(measured, key=lambda cost: -cost.logit_error)
+    curve: dict[int, Agreement] = {}
+
+    def without(kept: Collection[str]) -> Agreement:
+        quantised = int8_from_fp32(model, ranges, [layer for layer in layers if layer not in kept])
+        return compare(logits_from_graph(quantised, inputs))
+
+    def meets(count: int) -> bool:
+        if count not in curve:
+            curve[count] = without([cost.layer for cost in costs[:count]])
+        return curve[count].meets_bar
+
+    counts = [0, *(2**power for power in range(20) if 2**power < len(layers)), len(layers)]
+    for count in track(counts, "Keeping layers in float", len(counts)):
+        meets(count)
+    enough = next((position for position, count in enumerate(counts) if meets(count)), len(counts) - 1)
+    low, high = counts[max(enough - 1, 0)], counts[enough]
+    while high - low > 1:  # low does not meet the bar, high does
+        middle = (low + high) // 2
+        low, high = (low, middle) if meets(middle) else (middle, high)
+    kept = [cost.layer for cost in costs[:high]]
+    for layer in reversed(kept[:-1]):  # without the last one the bar was not met
+        if without(fewer := [name for name in kept if name != layer]).meets_bar:
+            kept = fewer
+    return TradeOff(
+        method=method,
+        costs=tuple(costs),
+        curve=tuple(Step(float_layers=count, agreement=curve[count]) for count in sorted(curve)),
+        float_layers=tuple(kept),
+    )
+
+
+def plot(trade_off: TradeOff) -> bytes:
+    """A PNG picture: the agreement by number of float layers, and what each layer costs."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    counts = [step.float_layers for step in trade_off.curve]
+    for name, colour, bar, values in (
+        ("mean", "tab:blue", MEAN_ERROR, [step.agreement.mean_error for step in trade_off.curve]),
+        ("99th percentile", "tab:orange", P99_ERROR, [step.agreement.p99_error for step in trade_off.curve]),
+    ):
+        left.plot(counts, values, "o-", color=colour, label=name)
+        left.axhline(bar, color=colour, linestyle=":", label=f"bar for the {name}")
+    left.axvline(len(trade_off.float_layers), color="grey", linewidth=6, alpha=0.3, label="chosen")
+    left.set_xscale("symlog", linthresh=1)
+    left.set_xticks(counts, map(str, counts), fontsize=8)
+    left.set(
+        xlabel=f"convolutions kept in float, of {len(trade_off.costs)}",
+        ylabel="absolute probability error",
+        title=f"INT8 against FP32, {trade_off.method} ranges, {trade_off.curve[0].agreement.images} radiographs",
+        ylim=(0, None),
+    )
+    left.legend(fontsize=8)
+    colours = ["grey" if cost.layer in trade_off.float_layers else "tab:blue" for cost in trade_off.costs]
+    right.bar(range(len(trade_off.costs)), [cost.logit_error for cost in trade_off.costs], color=colours)
+    right.set(
+        xlabel="convolutions, costliest first (grey: kept in float)",
+        ylabel="logit error, root mean square",
+        title="Each convolution quantised alone",
+    )
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
+    return picture.getvalue()
+
+
+def _rms(difference: npt.NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.mean(difference.astype(np.float64) ** 2)))
+
+
+def _auroc_change(agreement: Agreement) -> float | None:
+    judged = [abs(finding.difference) for finding in agreement.findings if finding.verdict != "cannot tell"]
+    return max(judged, default=None)

@@ -1,0 +1,78 @@
+"""The bar: what meets it, what does not, and what too few images cannot tell."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from thoraxrt.engine.postprocess import Sigmoid
+from thoraxrt.export.agreement import agreement
+
+RANDOM = np.random.default_rng(0)
+LOGITS = RANDOM.normal(size=(200, 3)).astype(np.float32)
+POSITIVE = RANDOM.random((200, 3)) < [0.5, 0.05, 0.0]  # enough, too few, none
+LABELS = ("Effusion", "Mass", "Hernia")
+
+
+def test_equal_answers_meet_the_bar_and_too_few_images_tell_nothing() -> None:
+    result = agreement(LOGITS, LOGITS, Sigmoid(), LABELS, POSITIVE)
+    assert result.meets_bar
+    assert (result.mean_error, result.p99_error, result.rank_correlation) == (0, 0, pytest.approx(1))
+    assert {finding.finding: finding.verdict for finding in result.findings} == {
+        "Effusion": "within",
+        "Mass": "cannot tell",
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (np.full((200, 3), 0.06), "mean_error"),  # everywhere, a little
+        (np.where(RANDOM.random((200, 3)) < 0.02, 1.0, 0.0), "p99_error"),  # here and there, a lot
+        (np.full((200, 3), np.nan), "mean_error"),
+    ],
+)
+def test_each_error_misses_the_bar(error: npt.NDArray[np.float64], why: str) -> None:
+    result = agreement((LOGITS + error).astype(np.float32), LOGITS, Sigmoid(), LABELS, None)
+    assert not result.meets_bar
+    assert getattr(result, why) > {"mean_error": 0.01, "p99_error": 0.03}[why]
+
+
+def test_a_changed_order_misses_the_bar_where_probabilities_hardly_move() -> None:
+    low = (LOGITS * 0.01 - 8).astype(np.float32)  # probabilities of 0.0003
+    result = agreement(low[::-1], low, Sigmoid(), LABELS, None)
+    assert result.mean_error < 1e-4
+    assert result.rank_correlation < 0.995
+    assert not result.meets_bar
+
+
+def test_a_finding_whose_auroc_moves_misses_the_bar() -> None:
+    moved = LOGITS.copy()
+    moved[POSITIVE[:, 0], 0] += 0.05  # each probability by 0.0125 at most
+    result = agreement(moved, LOGITS, Sigmoid(), LABELS, POSITIVE)
+    (effusion,) = [finding for finding in result.findings if finding.finding == "Effusion"]
+    assert result.p99_error < 0.03
+    assert effusion.verdict == "beyond"
+    assert effusion.low < effusion.difference < effusion.high
+    assert not result.meets_bar
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), ties=st.booleans())
+def test_auroc_and_difference_are_scikit_learns(seed: int, ties: bool) -> None:
+    random = np.random.default_rng(seed)
+    reference = random.normal(size=(60, 1)).astype(np.float32)
+    logits = (reference + 0.3 * random.normal(size=(60, 1))).astype(np.float32)
+    if ties:
+        logits, reference = logits.round(), reference.round()
+    positive = random.random((60, 1)) < 0.4
+    positive[:2, 0] = True, False
+    (finding,) = agreement(logits, reference, Sigmoid(), ("Mass",), positive).findings
+    assert finding.auroc == pytest.approx(roc_auc_score(positive[:, 0], logits[:, 0]))
+    assert finding.auroc - finding.difference == pytest.approx(roc_auc_score(positive[:, 0], reference[:, 0]))
+    assert finding.low <= finding.high
+    assert (finding.positives, finding.negatives) == (positive.sum(), (~positive).sum())
