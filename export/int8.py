@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,13 @@ from thoraxrt.engine.preprocess import PreprocessSpec
 from thoraxrt.export import Track, no_progress
 from thoraxrt.export.agreement import agreement
 from thoraxrt.export.calibrate import METHODS, Method, Parts, channel_maxima, histograms, range_from_histogram
-from thoraxrt.export.quantise import equalised, int8_from_fp32, quantisable_layers, scales_from_maxima
+from thoraxrt.export.quantise import (
+    LARGEST_EXPONENT,
+    equalised,
+    int8_from_fp32,
+    quantisable_layers,
+    scales_from_maxima,
+)
 from thoraxrt.export.sensitivity import Inputs, choose_layers, choose_method, logit_error, logits_from_graph, plot
 
 __all__ = ["RANGES", "Choice", "Int8", "Ranges", "int8_by_measurement", "int8_from_file", "int8_from_ranges"]
@@ -49,6 +56,14 @@ class Ranges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ranges: dict[Method, dict[str, float]]
     float_layers: tuple[str, ...]
     calibration: Calibration
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(top) and top > 0 for tops in self.ranges.values() for top in tops.values()):
+            raise ValueError("ranges must be finite and above 0")
+        if self.calibration.method not in self.ranges:
+            raise ValueError(f"there are no ranges of the method used, {self.calibration.method}")
+        if any(abs(exponent) > LARGEST_EXPONENT for channels in self.scales.values() for exponent in channels):
+            raise ValueError(f"scales must lie within {LARGEST_EXPONENT} powers of two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +160,18 @@ def int8_from_ranges(model: onnx.ModelProto, ranges: Ranges) -> onnx.ModelProto:
             f"the ranges were computed for another FP32 graph (sha256 {ranges.fp32_sha256[:12]}...) than this export's "
             f"({_sha256(model)[:12]}...): calibrate again with --calibrate FOLDER"
         )
-    layers = [layer for layer in quantisable_layers(model) if layer not in ranges.float_layers]
-    return int8_from_fp32(equalised(model, ranges.scales), ranges.ranges[ranges.calibration.method], layers)
+    layers, tops = quantisable_layers(model), ranges.ranges[ranges.calibration.method]
+    if set(layers.values()) != tops.keys() or not layers.keys() >= set(ranges.float_layers):
+        raise DatasetError(
+            "the ranges name other tensors or layers than their graph has: the file was changed; calibrate again"
+        )
+    try:
+        even = equalised(model, ranges.scales)
+    except ValueError as error:
+        raise DatasetError(
+            f"the ranges' scales do not fit their graph ({error}): the file was changed; calibrate again"
+        ) from error
+    return int8_from_fp32(even, tops, [layer for layer in layers if layer not in ranges.float_layers])
 
 
 def int8_from_file(model: onnx.ModelProto, path: Path) -> Int8:

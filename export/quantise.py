@@ -20,7 +20,10 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from thoraxrt.engine.errors import RequestError
 
-__all__ = ["equalised", "int8_from_fp32", "quantisable_layers", "scales_from_maxima"]
+__all__ = ["LARGEST_EXPONENT", "equalised", "int8_from_fp32", "quantisable_layers", "scales_from_maxima"]
+
+LARGEST_EXPONENT: Final = 24
+"""No channel is scaled by more than this power of two, so that nothing leaves float32's range."""
 
 _SHARE: Final = 0.75
 """How far activations, rather than weights, decide a channel's scale; of 0.5, 0.65, 0.75 and 1 the best on DenseNet-121."""
@@ -74,7 +77,7 @@ def scales_from_maxima(
         exponent = np.zeros(len(spread))
         exponent[alive] = _SHARE * np.log2(largest[tensor][alive]) - (1 - _SHARE) * np.log2(spread[alive])
         exponent[alive] -= exponent[alive].mean() if alive.any() else 0.0
-        scales[tensor] = tuple(np.clip(np.rint(exponent), -24, 24).astype(int).tolist())
+        scales[tensor] = tuple(np.clip(np.rint(exponent), -LARGEST_EXPONENT, LARGEST_EXPONENT).astype(int).tolist())
     return scales
 
 

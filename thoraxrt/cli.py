@@ -315,6 +315,7 @@ def compile_bundle(
 
     if (key is None) != (out is None):
         raise RequestError("--sign KEY and --out DIR go together: a plan leaves this machine signed")
+    opened = _open(bundle, require_signature)
     options = _plan_options(
         target,
         batch,
@@ -324,7 +325,6 @@ def compile_bundle(
         version_compatible=version_compatible,
         strip_weights=strip_weights,
     )
-    opened = _open(bundle, require_signature)
     held = [name for name in PRECISIONS if opened.graph_name(name) in opened.manifest.files]
     precisions = precision.split(",") if precision else held
     cache = PlanCache(trusted=[require_signature] if require_signature else [])
