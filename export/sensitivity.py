@@ -171,6 +171,7 @@ def plot(trade_off: TradeOff) -> bytes:
         xlabel=f"convolutions kept in float, of {len(trade_off.costs)}",
         ylabel="absolute probability error",
         title=f"INT8 against FP32, {trade_off.method} ranges, {trade_off.curve[0].agreement.images} radiographs",
+        xlim=(-0.2, 1.2 * len(trade_off.costs)),
         ylim=(0, None),
     )
     left.legend(fontsize=8)

@@ -175,7 +175,8 @@ def served_from_onnx(
 def network_from_factory(spec: str, state: Mapping[str, Tensor] | None = None) -> nn.Module:
     """What the factory `package.module:factory` makes, with the weights `state`, in eval mode on the CPU.
 
-    It imports and runs the code that the user named. Raises RequestError where `spec` names nothing,
+    A prefix that a training wrapper left before every name (`module.`, `model.`) is removed, and what
+    lies outside it left aside. It imports and runs the code that the user named. Raises RequestError where `spec` names nothing,
     CheckpointError where that code fails, makes no module, or has other weights.
     """
     package, _, name = spec.partition(":")
@@ -189,8 +190,19 @@ def network_from_factory(spec: str, state: Mapping[str, Tensor] | None = None) -
         raise CheckpointError(f"--network {spec} made a {type(network).__name__}; expected a torch.nn.Module")
     if state is not None:
         with _translated(f"the checkpoint's weights are not those of --network {spec}"):
-            network.load_state_dict(state, strict=True)
+            network.load_state_dict(_without_wrapper(state, network), strict=True)
     return network.eval().float().cpu()
+
+
+def _without_wrapper(state: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
+    """The network's own entries, where one prefix leads to all of them; else everything, to be refused by name."""
+    expected = network.state_dict().keys()
+    some = next(iter(expected), "")
+    prefixes = [key.removesuffix(some) for key in state if key == some or key.endswith(f".{some}")]
+    fitting = [prefix for prefix in prefixes if state.keys() >= {prefix + key for key in expected}]
+    if len(fitting) != 1 or fitting == [""]:
+        return state
+    return {key: state[fitting[0] + key] for key in expected}
 
 
 def onnx_from_module(network: nn.Module, channels: int, input_size: int) -> onnx.ModelProto:

@@ -20,7 +20,7 @@ from thoraxrt.engine.errors import RequestError, ThoraxrtError
 
 if TYPE_CHECKING:
     from thoraxrt.engine.backends.tensorrt import PlanOptions
-    from thoraxrt.engine.bundle import Bundle
+    from thoraxrt.engine.bundle import Agreement, Bundle
     from thoraxrt.engine.engine import Prediction
     from thoraxrt.engine.plans import Compiled
     from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
@@ -256,14 +256,11 @@ def _show_export(bundle: Bundle) -> None:
             + (f", {len(kept)} {'convolutions' if name == 'int8' else 'nodes'} kept in fp32" if kept else "")
         )
     for name, agreement in manifest.agreement.items():
-        told = [finding for finding in agreement.findings if finding.verdict != "cannot tell"]
-        beyond = [finding.finding for finding in told if finding.verdict == "beyond"]
         print(
             f"{name} against fp32 on {agreement.images} radiographs that nothing was chosen on: probability error "
             f"{agreement.mean_error:.4f} on average, {agreement.p99_error:.4f} at the 99th percentile, rank correlation "
-            f"{agreement.rank_correlation:.4f}; AUROC of {len(told)} findings judged, {len(beyond)} beyond 0.005"
-            + (f" ({', '.join(beyond)})" if beyond else "")
-            + (": meets the bar" if agreement.meets_bar else ": MISSES THE BAR")
+            f"{agreement.rank_correlation:.4f}; {_auroc_text(agreement)}: "
+            + ("meets the bar" if agreement.meets_bar else "MISSES THE BAR")
         )
     if skew := manifest.skew:
         print(
@@ -271,6 +268,17 @@ def _show_export(bundle: Bundle) -> None:
             f"{skew.mean_probability_difference:.4f} on average, at most {skew.max_probability_difference:.4f}, on {skew.data}"
         )
     print(f"{manifest.network.name} -> {bundle.path}")
+
+
+def _auroc_text(agreement: Agreement) -> str:
+    """How many findings' AUROC could be judged, and which of them moved too far."""
+    told = [finding for finding in agreement.findings if finding.verdict != "cannot tell"]
+    beyond = [f"{finding.finding} {finding.difference:+.4f}" for finding in told if finding.verdict == "beyond"]
+    if not told:
+        return "AUROC cannot be told of any finding, for that 20 images with it and 20 without are needed"
+    return f"AUROC within 0.005 for {len(told) - len(beyond)} of {len(told)} findings with enough images" + (
+        f", not for {', '.join(beyond)}" if beyond else ""
+    )
 
 
 @app.command("compile")
@@ -672,6 +680,20 @@ def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]], plans
     facts.add_row("checkpoint sha256", manifest.network.checkpoint_sha256)
     facts.add_row("preprocess", _preprocess_text(manifest.preprocess))
     facts.add_row("boxes", f"threshold {manifest.boxes.threshold:.3f}")
+    facts.add_row("activation", str(type(manifest.activation).__struct_config__.tag))
+    if skew := manifest.skew:
+        facts.add_row(
+            "trained with",
+            f"{skew.trained_with}: serving moves a probability by {skew.mean_probability_difference:.4f} on average, "
+            f"{skew.max_probability_difference:.4f} at most ({skew.data})",
+        )
+    if calibration := manifest.calibration:
+        counts = ", ".join(f"{len(hashes)} to {part}" for part, hashes in calibration.images.items())
+        facts.add_row(
+            "int8",
+            f"{calibration.quantised} of {calibration.layers} convolutions, {calibration.method} ranges; {counts} "
+            f"({calibration.split})",
+        )
     facts.add_row("recommended", str(manifest.recommended or "none: fp32 on the first backend that can"))
     facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()))
     console.print(facts)
@@ -688,6 +710,15 @@ def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]], plans
     for name, entry in manifest.files.items():
         files.add_row(name, f"{entry.size / 1e6:.1f}", entry.sha256[:16])
     console.print(files)
+
+    if manifest.agreement:
+        close = Table("precision", "mean error", "99th percentile", "rank correlation", "AUROC", "meets the bar")
+        close.title, close.caption = "Agreement with FP32", "errors: absolute differences of probabilities"
+        for name, agreement in manifest.agreement.items():
+            numbers = (agreement.mean_error, agreement.p99_error, agreement.rank_correlation)
+            met = "[green]yes" if agreement.meets_bar else "[red]no"
+            close.add_row(name, *(f"{number:.4f}" for number in numbers), _auroc_text(agreement), met)
+        console.print(close)
 
     usable = Table("backend", "precision", "usable here", title="Backends")
     for name, precisions in backends.items():
@@ -711,7 +742,8 @@ def _preprocess_text(spec: PreprocessSpec) -> str:
     resize = spec.resize
     size = f"shorter side to {resize.pixels}" if isinstance(resize, Shorter) else f"{resize.width} x {resize.height}"
     crop = f", centre crop {spec.crop}" if spec.crop else ""
-    return f"resize {size}{crop}, Pillow's bilinear filter"
+    square = "centre square, then " if spec.square else ""
+    return f"{square}resize {size}{crop}, Pillow's bilinear filter"
 
 
 @app.command()
