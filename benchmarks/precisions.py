@@ -60,7 +60,9 @@ def compare_precisions(
         times: dict[str, list[float]] = {name: [] for name in backends}
         for _ in track(range(rounds), "Measuring", console=Console(stderr=True)):
             for name, backend in backends.items():
-                backend.run(timed)  # not timed: the last one's threads come to rest, and this one's weights into the cache
+                backend.run(
+                    timed
+                )  # not timed: the last one's threads come to rest, and this one's weights into the cache
                 start = time.perf_counter()
                 for _ in range(_RUNS):
                     backend.run(timed)
