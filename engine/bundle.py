@@ -37,6 +37,7 @@ __all__ = [
     "Recommended",
     "Skew",
     "TrainedWith",
+    "read_bounded",
 ]
 
 MANIFEST: Final = "manifest.json"
@@ -220,7 +221,7 @@ class Bundle:
         must be by one of them, else SignatureError. It covers the manifest, which covers every other file.
         """
         path = Path(path)
-        data = _read(
+        data = read_bounded(
             path / MANIFEST,
             _MANIFEST_BYTES,
             f"{path} is not a bundle; `thoraxrt export CHECKPOINT --out BUNDLE` writes one",
@@ -239,7 +240,7 @@ class Bundle:
         entry = self.manifest.files.get(name)
         if entry is None:
             raise BundleError(f"{self.path} holds no {name}; it holds {', '.join(self.manifest.files)}")
-        data = _read(self.path / name, entry.size, "copy or export the bundle again")
+        data = read_bounded(self.path / name, entry.size, "copy or export the bundle again")
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BundleError(
                 f"{self.path / name} is not the file that was exported ({len(data)} bytes, sha256 differs; "
@@ -253,7 +254,7 @@ class Bundle:
             self.read(name)
 
 
-def _read(path: Path, largest: int, remedy: str) -> bytes:
+def read_bounded(path: Path, largest: int, remedy: str) -> bytes:
     """A regular file's bytes. Raises BundleError where it is none, or larger than `largest` bytes.
 
     Neither a pipe nor a device in a file's place may keep the reader waiting.
@@ -273,7 +274,7 @@ def _read(path: Path, largest: int, remedy: str) -> bytes:
 def _verify(path: Path, manifest: bytes, trusted: Sequence[Path]) -> None:
     """Return where a trusted key signed the manifest. Raises SignatureError."""
     try:
-        signature = _read(path / SIGNATURE, 64, "`thoraxrt sign BUNDLE --key private.pem` writes it")
+        signature = read_bounded(path / SIGNATURE, 64, "`thoraxrt sign BUNDLE --key private.pem` writes it")
         verify(manifest, signature, trusted)
     except BundleError as error:
         raise SignatureError(f"{path / MANIFEST} has no trusted signature in {SIGNATURE}: {error}") from error

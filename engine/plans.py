@@ -22,7 +22,6 @@ import errno
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +43,7 @@ from thoraxrt.engine.backends.tensorrt import (
     supported_options,
     version_numbers,
 )
-from thoraxrt.engine.bundle import Bundle, FileEntry
+from thoraxrt.engine.bundle import Bundle, FileEntry, read_bounded
 from thoraxrt.engine.errors import BackendUnavailableError, BundleError, PlanError, RequestError
 from thoraxrt.engine.trust import machine_tag, machine_tag_matches, sign, verify
 
@@ -336,15 +335,10 @@ def _files(cached: CachedPlan) -> dict[str, bytes]:
 
 
 def _bytes(path: Path, largest: int) -> bytes:
-    """A regular file's bytes; a pipe or a device in its place is refused, not waited for. Raises PlanError."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > largest:
-                raise PlanError(f"{path} is no regular file of at most {largest} bytes")
-            return file.read(largest)
-    except OSError as error:
-        raise PlanError(f"{path} cannot be read: {error.strerror}") from error
+        return read_bounded(path, largest, "compile the plan again")
+    except BundleError as error:
+        raise PlanError(str(error)) from error
 
 
 def _record(data: bytes, folder: Path) -> PlanRecord:
