@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import os
-import tempfile
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -356,15 +355,23 @@ def _saved(state: Path, key: str) -> tuple[int, dict[str, Histogram]]:
 
 
 def _save(state: Path, key: str, done: int, total: Mapping[str, Histogram]) -> None:
-    state.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=state.parent, suffix=".npz", delete=False) as file:
-        np.savez(
-            file,
-            key=np.array(key),
-            done=np.array(done),
-            names=np.array(list(total)),
-            counts=np.stack([histogram.counts for histogram in total.values()]),
-            limits=np.array([histogram.limit for histogram in total.values()]),
-            largest=np.array([histogram.largest for histogram in total.values()]),
-        )
-    os.replace(file.name, state)
+    made = state.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        state.parent.mkdir(parents=True, exist_ok=True)
+        with made.open("wb") as file:
+            np.savez(
+                file,
+                key=np.array(key),
+                done=np.array(done),
+                names=np.array(list(total)),
+                counts=np.stack([histogram.counts for histogram in total.values()]),
+                limits=np.array([histogram.limit for histogram in total.values()]),
+                largest=np.array([histogram.largest for histogram in total.values()]),
+            )
+        made.replace(state)
+    except OSError as error:
+        made.unlink(missing_ok=True)
+        raise DatasetError(
+            f"{state} cannot be written ({error.strerror}), where an interrupted calibration is kept; make room, or name "
+            "another place with THORAXRT_CACHE"
+        ) from error

@@ -174,6 +174,15 @@ def test_a_triton_model(sample_bundle: Bundle, tmp_path: Path) -> None:
         ("export", "nowhere.pth", "--out", "x.bundle", "--mean", "a,b"),
         ("export", "nowhere.pth", "--out", "x.bundle", "--precision", "fp8"),
         ("export", "nowhere.pth", "--out", "x.bundle", "--crop", "999"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--input-size", "320", "--crop", "224"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--mean", "0.5"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--activation", "tanh"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--trained-with", "guesswork"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--network", "no colon"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--precision", "fp32,int8"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--calibration-method", "median"),
+        ("export", "nowhere.pth", "--out", "x.bundle", "--target", "sm1"),
+        ("export", "nowhere.onnx", "--out", "x.bundle"),
     ],
 )
 def test_usage_bundle_and_checkpoint_errors_are_one_line_and_status_2(

@@ -210,3 +210,9 @@ def test_a_damaged_or_foreign_state_is_counted_anew(damage: bytes | None, folder
         state.write_bytes(damage)
     result = histograms(doubling(), ["twice"], part, TINY, state)["twice"]
     assert result.counts.sum() == 64 * len(part)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DatasetError, match="THORAXRT_CACHE"):
+        histograms(doubling(), ["twice"], parts_from_path(folder).judge, TINY, tmp_path / "file" / "state.npz")
