@@ -7,6 +7,7 @@ goes on where it was. Knows nothing of quantised graphs; `thoraxrt.export.quanti
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -370,7 +371,8 @@ def _save(state: Path, key: str, done: int, total: Mapping[str, Histogram]) -> N
             )
         made.replace(state)
     except OSError as error:
-        made.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            made.unlink()
         raise DatasetError(
             f"{state} cannot be written ({error.strerror}), where an interrupted calibration is kept; make room, or name "
             "another place with THORAXRT_CACHE"
