@@ -49,7 +49,7 @@ def agreement(
     errors = np.abs(activation.probabilities(logits) - activation.probabilities(reference))  # (N, C)
     findings = () if positive is None else _findings(logits, reference, labels, positive)
     mean, p99 = float(errors.mean()), float(np.quantile(errors, 0.99))
-    correlation = float(spearmanr(logits.ravel(), reference.ravel()).statistic) if np.ptp(reference) else 1.0
+    correlation = _rank_correlation(logits.ravel(), reference.ravel())
     return Agreement(
         images=len(logits),
         mean_error=mean,
@@ -61,6 +61,13 @@ def agreement(
         and correlation >= RANK_CORRELATION
         and all(finding.verdict != "beyond" for finding in findings),
     )
+
+
+def _rank_correlation(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> float:
+    """Spearman's; where either is constant it is not defined, and nothing but equality will do."""
+    if not np.ptp(ours) or not np.ptp(theirs):
+        return float(np.array_equal(ours, theirs))
+    return float(spearmanr(ours, theirs).statistic)
 
 
 def _findings(

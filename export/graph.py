@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +26,19 @@ from thoraxrt.export.networks import CxrNetwork
 __all__ = [
     "IMAGENET",
     "Normalisation",
+    "Reference",
     "ServedNetwork",
     "onnx_from_network",
     "reference_logits",
     "session_from_graph",
     "strip",
+    "trunk_from_graph",
 ]
 
 OPSET = 18
+
+Reference: TypeAlias = Callable[[npt.NDArray[np.uint8 | np.float32]], npt.NDArray[np.float32]]
+"""The original's logits float32 `(N, C)` for pixels `(N, 1, S, S)` in 0..255, uint8 or float32, nothing folded."""
 
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
 
@@ -163,3 +169,24 @@ def strip(model: onnx.ModelProto) -> None:
     for owner in owners:
         owner.doc_string = ""
         del owner.metadata_props[:]
+
+
+def trunk_from_graph(graph: onnx.GraphProto) -> set[str]:
+    """The first outputs of the nodes that the CAM convolution's input comes from: all but the head.
+
+    Raises RequestError where the output `cam` comes from no convolution.
+    """
+    producers = {name: node for node in graph.node for name in node.output}
+    node = producers.get("cam")
+    while node is not None and node.op_type != "Conv":
+        node = producers.get(next(iter(node.input), ""))
+    if node is None:
+        raise RequestError("the graph's output cam comes from no Conv: give the FP32 graph of a bundle")
+    trunk: set[str] = set()
+    pending = [node.input[0]]
+    while pending:
+        node = producers.get(pending.pop())
+        if node is not None and node.output[0] not in trunk:
+            trunk.add(node.output[0])
+            pending.extend(node.input)
+    return trunk

@@ -20,7 +20,7 @@ from onnx import TensorProto
 
 from thoraxrt.engine.errors import DatasetError, RequestError
 from thoraxrt.export import Track, no_progress
-from thoraxrt.export.graph import session_from_graph
+from thoraxrt.export.graph import session_from_graph, trunk_from_graph
 
 __all__ = ["Half", "emulation_from_fp16", "fp16_by_measurement", "fp16_from_fp32"]
 
@@ -300,7 +300,7 @@ def _half_slots(model: onnx.ModelProto) -> dict[str, _Slots]:
     """The nodes that could be FP16: those of the trunk that pixels pass through and that have an FP16 form."""
     floats = _tensors(model, TensorProto.FLOAT)
     versions = {opset.domain: opset.version for opset in model.opset_import}
-    trunk, pixels = _trunk(model.graph), {entry.name for entry in model.graph.input}
+    trunk, pixels = trunk_from_graph(model.graph), {entry.name for entry in model.graph.input}
     found: dict[str, _Slots] = {}
     for node in model.graph.node:
         slots = _half_form(node, versions[node.domain], floats)
@@ -310,24 +310,6 @@ def _half_slots(model: onnx.ModelProto) -> dict[str, _Slots]:
         if slots and node.output[0] in trunk:
             found[node.output[0]] = slots
     return found
-
-
-def _trunk(graph: onnx.GraphProto) -> set[str]:
-    """The nodes that the CAM convolution's input comes from."""
-    producers = {name: node for node in graph.node for name in node.output}
-    node = producers.get("cam")
-    while node is not None and node.op_type != "Conv":
-        node = producers.get(next(iter(node.input), ""))
-    if node is None:
-        raise RequestError("the graph's output cam comes from no Conv: give the FP32 graph of a bundle")
-    trunk: set[str] = set()
-    pending = [node.input[0]]
-    while pending:
-        node = producers.get(pending.pop())
-        if node is not None and node.output[0] not in trunk:
-            trunk.add(node.output[0])
-            pending.extend(node.input)
-    return trunk
 
 
 def _half_form(node: onnx.NodeProto, version: int, floats: set[str]) -> _Slots | None:

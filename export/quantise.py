@@ -8,6 +8,7 @@ over raw pixels, 0 to 255, would waste half of its codes, and logits and CAMs ar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -19,6 +20,7 @@ from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, Te
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from thoraxrt.engine.errors import RequestError
+from thoraxrt.export.graph import trunk_from_graph
 
 __all__ = ["LARGEST_EXPONENT", "equalised", "int8_from_fp32", "quantisable_layers", "scales_from_maxima"]
 
@@ -32,32 +34,25 @@ _SHARE: Final = 0.75
 def quantisable_layers(model: onnx.ModelProto) -> dict[str, str]:
     """The convolutions that may be quantised: each one's node name, and the tensor that it takes.
 
-    All whose weights are constants, but the stem (before it lies no other convolution) and the
-    CAM's, in the graph's order. Raises RequestError where there is none.
+    Two-dimensional ones with constant weights of their own in the trunk, but the stem (before it lies no
+    other convolution), in the graph's order. Raises RequestError where there is none.
     """
-    weights = {weight.name for weight in model.graph.initializer}
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    weights = {weight.name for weight in model.graph.initializer if len(weight.dims) == 4 and uses[weight.name] == 1}
+    trunk = trunk_from_graph(model.graph)
     behind_a_convolution: set[str] = set()
     layers = {}
     for node in model.graph.node:
         if node.op_type == "Conv" or behind_a_convolution.intersection(node.input):
-            if node.op_type == "Conv" and node.input[0] in behind_a_convolution and node.input[1] in weights:
+            inside = node.op_type == "Conv" and node.input[0] in behind_a_convolution and node.output[0] in trunk
+            if inside and node.input[1] in weights:
                 layers[node.name] = node.input[0]
             behind_a_convolution.update(node.output)
-    layers = {name: tensor for name, tensor in layers.items() if name not in _cam_convolution(model)}
     if not layers:
         raise RequestError(
             "the network has no convolution between its stem and its CAM, so nothing to quantise: leave int8 out of --precision"
         )
     return layers
-
-
-def _cam_convolution(model: onnx.ModelProto) -> set[str]:
-    """The name of the convolution that gives the output `cam`, whatever reshapes stand between."""
-    by_output = {output: node for node in model.graph.node for output in node.output}
-    node = by_output["cam"]
-    while node.op_type != "Conv":
-        node = by_output[node.input[0]]
-    return {node.name}
 
 
 def scales_from_maxima(
@@ -177,8 +172,21 @@ def int8_from_fp32(model: onnx.ModelProto, ranges: Mapping[str, float], layers: 
     )
     if layers:  # an empty list of nodes means all of them to the quantiser
         quantiser.quantize_model()
+        _give_back(quantised.graph, layers)
         quantiser.model.topological_sort()
     result: onnx.ModelProto = quantiser.model.model
     result.producer_name, result.producer_version = model.producer_name, model.producer_version
     onnx.checker.check_model(result, full_check=True)
     return result
+
+
+def _give_back(graph: onnx.GraphProto, layers: Collection[str]) -> None:
+    """Let all but the named convolutions read float tensors: the quantiser rounds whatever else reads them, too."""
+    sources = {node.output[0]: node.input[0] for node in graph.node}
+    rounded = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for node in graph.node:
+        if node.name in layers:
+            continue
+        for position, name in enumerate(node.input):
+            if name in rounded:
+                node.input[position] = sources[sources[name]]

@@ -43,8 +43,9 @@ Compare = Callable[[npt.NDArray[np.float32]], Agreement]
 class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
     """What it costs to quantise one convolution alone.
 
-    `logit_error` is the root mean square difference to FP32's logits; `auroc_change` the largest
-    absolute one among the findings that enough images show, None where no finding has enough.
+    `logit_error` is the root mean square difference to FP32's logits; `auroc_change` the mean absolute
+    one of AUROC over the findings that some images show, None where none is labelled: of few
+    positives, so no verdict.
     """
 
     layer: str
@@ -194,5 +195,5 @@ def _rms(difference: npt.NDArray[np.float32]) -> float:
 
 
 def _auroc_change(agreement: Agreement) -> float | None:
-    judged = [abs(finding.difference) for finding in agreement.findings if finding.verdict != "cannot tell"]
-    return max(judged, default=None)
+    changes = [abs(finding.difference) for finding in agreement.findings]
+    return float(np.mean(changes)) if changes else None

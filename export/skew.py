@@ -1,12 +1,12 @@
 """How far the served geometry moves a model that was trained, or validated, with another one.
 
 The engine resizes as Pillow does and looks at one centre crop. Where training did something else,
-the difference is measured here, on torch's own network, and recorded in the manifest.
+the difference is measured here, on the original network, and recorded in the manifest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
@@ -18,10 +18,9 @@ from thoraxrt.engine.bundle import Skew, TrainedWith
 from thoraxrt.engine.errors import DatasetError, RequestError
 from thoraxrt.engine.postprocess import Activation
 from thoraxrt.engine.preprocess import Geometry, PreprocessSpec, network_input, resized
+from thoraxrt.export.graph import Reference
 
 __all__ = ["measure_skew", "trained_inputs"]
-
-Reference = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 def measure_skew(
@@ -36,7 +35,7 @@ def measure_skew(
     """Compare the network fed by training's geometry with the same network fed by the engine's.
 
     `reference` takes float32 `(N, 1, S, S)`, pixels in 0..255 that need not be whole numbers
-    (training's resizers give fractions), and gives torch's logits float32 `(N, C)`. `pixels` are
+    (training's resizers give fractions), and gives logits float32 `(N, C)`. `pixels` are
     radiographs uint8 `(H, W)`, seen one at a time; `data` says in words which. Ten crops' outputs
     are averaged after the activation, as CheXNet's re-implementations do; for the logit
     difference their log-odds are.

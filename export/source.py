@@ -7,7 +7,7 @@ compare it with, and what is known of labels, activation and geometry.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from thoraxrt.engine.errors import CheckpointError
 from thoraxrt.engine.postprocess import Activation, Sigmoid, SigmoidOpNorm, Softmax
 from thoraxrt.engine.preprocess import PreprocessSpec, Shorter
 from thoraxrt.export.checkpoint import read_checkpoint, read_state
-from thoraxrt.export.graph import IMAGENET, Normalisation, ServedNetwork, onnx_from_network, reference_logits
+from thoraxrt.export.graph import IMAGENET, Normalisation, Reference, ServedNetwork, onnx_from_network, reference_logits
 from thoraxrt.export.surgery import (
     network_from_factory,
     onnx_from_module,
@@ -32,13 +32,10 @@ from thoraxrt.export.surgery import (
     served_from_onnx,
 )
 
-__all__ = ["ACTIVATIONS", "CHEXNET", "Given", "Reference", "Source", "read_source"]
+__all__ = ["ACTIVATIONS", "CHEXNET", "Given", "Source", "read_source"]
 
 CHEXNET: Final = PreprocessSpec(resize=Shorter(pixels=256), crop=224)
 """The CheXNet recipe (Rajpurkar et al., arXiv 1711.05225, as its re-implementations run it)."""
-
-Reference = Callable[[npt.NDArray[np.uint8 | np.float32]], npt.NDArray[np.float32]]
-"""The original's logits float32 `(N, C)` for pixels `(N, 1, S, S)` in 0..255, uint8 or float32, nothing folded."""
 
 ACTIVATIONS: Final[Mapping[str, Activation]] = {"sigmoid": Sigmoid(), "softmax": Softmax()}
 """By name, those that need no numbers of their own."""

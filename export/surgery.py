@@ -11,7 +11,7 @@ import importlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from thoraxrt.engine.errors import CheckpointError, RequestError, ThoraxrtError
-from thoraxrt.export.graph import OPSET, Normalisation, session_from_graph, strip
+from thoraxrt.export.graph import OPSET, Normalisation, Reference, session_from_graph, strip
 
 __all__ = [
     "ServedGraph",
@@ -42,7 +42,6 @@ __all__ = [
 Activation: TypeAlias = Literal["sigmoid", "softmax"]
 Float64: TypeAlias = npt.NDArray[np.float64]
 Shape: TypeAlias = tuple[int | str | None, ...]
-Reference: TypeAlias = Callable[[npt.NDArray[np.uint8 | np.float32]], npt.NDArray[np.float32]]
 
 _IR_VERSION: Final = 8  # the first that carries opset 18
 _LARGEST_FILE: Final = 2**31 - 1  # protobuf's own limit
@@ -200,7 +199,7 @@ def _without_wrapper(state: Mapping[str, Tensor], network: nn.Module) -> Mapping
     some = next(iter(expected), "")
     prefixes = [key.removesuffix(some) for key in state if key == some or key.endswith(f".{some}")]
     fitting = [prefix for prefix in prefixes if state.keys() >= {prefix + key for key in expected}]
-    if len(fitting) != 1 or fitting == [""]:
+    if len(fitting) != 1:
         return state
     return {key: state[fitting[0] + key] for key in expected}
 

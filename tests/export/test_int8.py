@@ -72,6 +72,7 @@ def test_the_manifest_says_what_was_done_on_which_images(exported: Exported) -> 
     assert calibration.quantised == calibration.layers - len(manifest.kept_in_fp32["int8"])
     costs = msgspec.json.decode(exported.bundle.read("sensitivity.json"))["costs"]
     assert len(costs) == calibration.layers
+    assert all(cost["logit_error"] > 0 and cost["auroc_change"] >= 0 for cost in costs)
     assert exported.bundle.read("sensitivity.png").startswith(b"\x89PNG")
 
 
