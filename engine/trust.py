@@ -49,9 +49,10 @@ def sign(data: bytes, key: Path) -> bytes:
 def verify(data: bytes, signature: bytes, trusted: Sequence[Path]) -> None:
     """Return where one of the trusted keys signed `data`; else raise SignatureError.
 
-    Each of `trusted` is a PEM file with an Ed25519 public key, or a folder whose `*.pem` files are.
+    Each of `trusted` is a PEM file with an Ed25519 public key, or a folder whose `*.pem` files are. All
+    are read first: one that is no such key is a SignatureError, whatever the others are and signed.
     """
-    for key in _public_keys(trusted):
+    for key in list(_public_keys(trusted)):  # all, so that no verdict hangs on the order of file names
         try:
             key.verify(signature, data)
         except InvalidSignature:

@@ -104,6 +104,18 @@ def test_a_private_key_is_not_trusted_by_mistake(keys: tuple[Path, Path], tmp_pa
         verify(b"data", bytes(64), [tmp_path / "nowhere.pem"])
 
 
+@pytest.mark.parametrize("name", ["0private.pem", "zprivate.pem"])
+def test_one_file_that_is_no_public_key_spoils_a_trusted_folder_whatever_its_name(
+    name: str, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    private, public = keys
+    (tmp_path / "a.pem").write_bytes(public.read_bytes())
+    (tmp_path / name).write_bytes(private.read_bytes())
+    for trusted in ([tmp_path], [public, tmp_path / name]):
+        with pytest.raises(SignatureError, match=f"{name} holds no Ed25519 public key"):
+            verify(b"data", sign(b"data", private), trusted)
+
+
 def test_the_machines_tag(tmp_path: Path) -> None:
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     assert not machine_tag_matches(b"data", "", here)  # no key yet, and none is made to say so
