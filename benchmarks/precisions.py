@@ -28,7 +28,6 @@ from thoraxrt.engine.backends import Backend, available, backend_names, open_bac
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import decode
 from thoraxrt.engine.engine import image_files, read_image
-from thoraxrt.engine.errors import DatasetError
 from thoraxrt.engine.preprocess import network_input
 from thoraxrt.export.agreement import agreement
 
@@ -120,7 +119,7 @@ def main(
     opened = Bundle.open(bundle)
     files = image_files(folder)[:96]
     if len(files) < batch:
-        raise DatasetError(f"{folder} holds {len(files)} radiographs; expected at least a batch of {batch}")
+        raise typer.BadParameter(f"{folder} holds {len(files)} radiographs; expected at least a batch of {batch}")
     inputs = [network_input(decode(read_image(file)).pixels, opened.manifest.preprocess) for file in files]
     results = compare_precisions(opened, inputs, batch)
     machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "date": str(date.today())}

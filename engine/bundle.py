@@ -32,6 +32,7 @@ __all__ = [
     "Check",
     "FileEntry",
     "FindingAgreement",
+    "Folded",
     "Manifest",
     "Network",
     "Recommended",
@@ -76,7 +77,7 @@ class Network(_Strict, frozen=True):
 
 
 class Check(_Strict, frozen=True):
-    """How far a graph's logits were from torch's at export, on how many of which images."""
+    """How far a graph's logits were from the original's at export, on how many of which images."""
 
     max_logit_difference: float
     images: int
@@ -120,7 +121,8 @@ class Calibration(_Strict, frozen=True):
 
     `split` says how the images were parted, `images` has the sha256 of each one by part: `calibrate`
     (ranges), `select` (method and layers) and `judge` (the agreement that the manifest states).
-    `quantised` of `layers` convolutions run in INT8.
+    `quantised` of `layers` convolutions run in INT8; where none could, there is no INT8 graph.
+    `reused` where an earlier export's ranges were taken: then nothing was judged in this one.
     """
 
     method: Literal["minmax", "percentile", "entropy", "mse"]
@@ -129,10 +131,18 @@ class Calibration(_Strict, frozen=True):
     images: dict[str, tuple[str, ...]]
     layers: int
     quantised: int
+    reused: bool = False
+
+
+class Folded(_Strict, frozen=True):
+    """The normalisation folded into the stem: of pixels in 0..1, per channel, (v - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class Skew(_Strict, frozen=True):
-    """What serving with another geometry than training's costs, measured on torch's network.
+    """What serving with another geometry than training's costs, measured on the original network.
 
     `trained_with`: what training, or the validation that is to be reproduced, did instead of
     Pillow's resize and one centre crop (`thoraxrt.export.skew` says exactly what). Differences
@@ -172,6 +182,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     boxes: BoxSpec
     operating_points: tuple[OperatingPoint, ...]
     checks: dict[str, Check]
+    normalisation: Folded | None = None
     skew: Skew | None = None
     calibration: Calibration | None = None
     agreement: dict[str, Agreement] = {}

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -28,6 +29,7 @@ from thoraxrt.engine.bundle import (
     Bundle,
     Check,
     FileEntry,
+    Folded,
     Manifest,
     Network,
     Skew,
@@ -36,7 +38,7 @@ from thoraxrt.engine.decode import decode
 from thoraxrt.engine.engine import image_files, read_image
 from thoraxrt.engine.errors import CheckpointError, DatasetError, RequestError
 from thoraxrt.engine.plans import cache_folder
-from thoraxrt.engine.postprocess import OperatingPoint
+from thoraxrt.engine.postprocess import OperatingPoint, Softmax
 from thoraxrt.engine.preprocess import PreprocessSpec, network_input
 from thoraxrt.export import Track, no_progress
 from thoraxrt.export.agreement import agreement
@@ -48,7 +50,7 @@ from thoraxrt.export.nih import LABELS
 from thoraxrt.export.operating_points import operating_points_from_file, operating_points_from_folder
 from thoraxrt.export.phantoms import phantom
 from thoraxrt.export.publish import publish, refuse_to_overwrite
-from thoraxrt.export.sensitivity import logits_from_graph
+from thoraxrt.export.sensitivity import logits_from_graphs
 from thoraxrt.export.skew import measure_skew
 from thoraxrt.export.source import Given, Source, read_source
 
@@ -58,8 +60,8 @@ PRECISIONS: Final = ("fp32", "fp16", "int8")
 
 _CHECK_IMAGES: Final = 16
 _CHECK_SEED: Final = 7
-# Beyond these a graph is wrong rather than rounded: FP32 differs by about 1e-6, FP16 by about 1e-2.
-_LARGEST_DIFFERENCE: Final = {"fp32": 1e-3, "fp16": 0.25}
+# Beyond these a graph is wrong rather than rounded: FP32 differs by about 1e-6, FP16 by about 1e-2, INT8 by about 0.1.
+_LARGEST_DIFFERENCE: Final = {"fp32": 1e-3, "fp16": 0.25, "int8": 100.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +91,20 @@ class ExportOptions:
             raise RequestError(f"unknown precision {', '.join(unknown)}; export writes {', '.join(PRECISIONS)}")
         if "fp32" not in self.precisions:
             raise RequestError("fp32 is the oracle that the other precisions are checked against: include it")
+        if self.ranges is not None and self.method != "best":
+            raise RequestError(
+                f"{self.calibrate} says itself which calibration method it was made by: leave the method out"
+            )
         if "int8" in self.precisions and self.calibrate is None:
             raise RequestError(
                 "int8 needs radiographs to compute its ranges on, random data would give random ranges: name a folder of "
                 "some hundred with --calibrate, or leave int8 out of --precision"
             )
+
+    @property
+    def ranges(self) -> Path | None:
+        """`calibrate`, where it is a file of ranges and no radiographs."""
+        return self.calibrate if self.calibrate and self.calibrate.suffix == ".json" else None
 
 
 def export_bundle(
@@ -111,6 +122,8 @@ def export_bundle(
     source = read_source(checkpoint, options.given)
     labels = _labels(source)
     checked_on = _check_images(options)
+    skew = _skew(source, checked_on)
+    operating_points = _operating_points(source, labels, options, track)
     graphs = _graphs(source, labels, checked_on, options, track)
     checks, cam = _check(graphs, source, checked_on, track)
     files = graphs.files()
@@ -127,9 +140,10 @@ def export_bundle(
         activation=source.activation,
         preprocess=source.preprocess,
         boxes=options.boxes,
-        operating_points=_operating_points(source, labels, options, track),
+        operating_points=operating_points,
         checks=checks,
-        skew=_skew(source, checked_on),
+        normalisation=Folded(mean=source.normalisation.mean, std=source.normalisation.std),
+        skew=skew,
         calibration=graphs.int8.ranges.calibration if graphs.int8 else None,
         agreement=graphs.agreement,
         kept_in_fp32=graphs.kept_in_fp32,
@@ -139,9 +153,8 @@ def export_bundle(
             name: FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in files.items()
         },
     )
-    files[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    files[MANIFEST] = _manifest_bytes(manifest)
     publish(files, out, replace=options.replace)
-    graphs.state.unlink(missing_ok=True)
     return Bundle.open(out)
 
 
@@ -152,6 +165,12 @@ def _labels(source: Source) -> tuple[str, ...]:
             f"the network has {outputs} outputs, {'these' if source.labels else 'the NIH'} labels are {len(labels)}: "
             "name its labels in order with --labels"
         )
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise RequestError(
+            f"--labels names {', '.join(twice)} more than once; expected a name of its own for each output"
+        )
+    if outputs < 2 and isinstance(source.activation, Softmax):
+        raise RequestError("--activation softmax for a network of one output: expected at least two, or sigmoid")
     return labels
 
 
@@ -199,13 +218,13 @@ def _check(
         for precision, session in sessions.items():
             logits, cam = session.run(["logits", "cam"], {"image": image[np.newaxis]})
             differences[precision].append(float(np.abs(logits - expected).max()))
-    for precision, limit in _LARGEST_DIFFERENCE.items():
-        # NaN compares false: written so that it is refused.
-        if any(not value <= limit for value in differences.get(precision, [])):
+    for precision, values in differences.items():
+        limit = _LARGEST_DIFFERENCE[precision]
+        if any(not value <= limit for value in values):  # NaN compares false: written so that it is refused
             raise CheckpointError(
-                f"the {precision} graph's logits differ from torch's by up to {max(differences[precision]):.3g} on "
-                f"{checked_on.data}; expected at most {limit}: "
-                + ("export --precision fp32" if precision != "fp32" else "check --mean, --std and the checkpoint")
+                f"the {precision} graph's logits differ from the original's by up to {max(values):.3g} on "
+                f"{checked_on.data}; expected at most {limit:g}: "
+                + (f"leave {precision} out" if precision != "fp32" else "check --mean, --std and the checkpoint")
             )
     return {
         precision: Check(max_logit_difference=max(values), images=len(inputs), data=checked_on.data)
@@ -237,7 +256,6 @@ class _Graphs:
     int8: Int8 | None
     kept_in_fp32: dict[str, tuple[str, ...]]
     agreement: dict[str, Agreement]
-    state: Path
 
     def files(self) -> dict[str, bytes]:
         """The bundle's files by name, but for its manifest."""
@@ -253,8 +271,7 @@ def _graphs(
     """The graphs asked for, and how far each is from FP32 on radiographs that no choice was made on."""
     models = {"fp32": source.graph}
     kept_in_fp32, int8, parts = {}, None, None
-    state = _state(source)
-    if options.calibrate is not None and options.calibrate.suffix != ".json":
+    if options.calibrate is not None and options.ranges is None and len(options.precisions) > 1:
         parts = parts_from_path(options.calibrate)
     if "fp16" in options.precisions:
         inputs = list(parts.select.inputs(source.preprocess)) if parts else checked_on.inputs(source.preprocess)
@@ -265,21 +282,30 @@ def _graphs(
         half = fp16_by_measurement(source.graph, lambda: inputs, meets, track)
         models["fp16"], kept_in_fp32["fp16"] = half.model, half.kept
     if "int8" in options.precisions:
-        int8 = _int8(source, labels, parts, options, state, track)
-        models["int8"], kept_in_fp32["int8"] = int8.model, int8.ranges.float_layers
+        int8 = _int8(source, labels, parts, options, track)
+        kept_in_fp32["int8"] = int8.ranges.float_layers
+        if (
+            int8.ranges.calibration.quantised
+        ):  # else the bar cannot be met, as the curve shows, and there is no INT8 graph
+            models["int8"] = int8.model
     judged = _judged(models, source, labels, parts, track) if parts else {}
-    return _Graphs(models=models, int8=int8, kept_in_fp32=kept_in_fp32, agreement=judged, state=state)
+    return _Graphs(models=models, int8=int8, kept_in_fp32=kept_in_fp32, agreement=judged)
 
 
-def _int8(
-    source: Source, labels: tuple[str, ...], parts: Parts | None, options: ExportOptions, state: Path, track: Track
-) -> Int8:
-    assert options.calibrate is not None  # ExportOptions holds it
-    if parts is not None:
-        return int8_by_measurement(
-            source.graph, parts, source.preprocess, source.activation, labels, options.method, state, track
-        )
-    return int8_from_file(source.graph, options.calibrate)
+def _int8(source: Source, labels: tuple[str, ...], parts: Parts | None, options: ExportOptions, track: Track) -> Int8:
+    if options.ranges is not None:
+        return int8_from_file(source.graph, source.preprocess, options.ranges)
+    assert parts is not None  # ExportOptions holds it
+    return int8_by_measurement(
+        source.graph,
+        parts,
+        source.preprocess,
+        source.activation,
+        labels,
+        options.method,
+        cache_folder() / "calibration",
+        track,
+    )
 
 
 def _judged(
@@ -288,22 +314,10 @@ def _judged(
     """The agreement of each lower precision with FP32 on the part of the images that was kept for it."""
     positive = parts.judge.positive(labels)
     runnable = {name: emulation_from_fp16(model) if name == "fp16" else model for name, model in models.items()}
-    logits = {
-        name: logits_from_graph(
-            model, track(parts.judge.inputs(source.preprocess), f"Judging {name}", len(parts.judge))
-        )
-        for name, model in runnable.items()
-    }
-    return {
-        name: agreement(values, logits["fp32"], source.activation, labels, positive)
-        for name, values in logits.items()
-        if name != "fp32"
-    }
-
-
-def _state(source: Source) -> Path:
-    """Where an unfinished calibration is kept: a run on the same model finds it there."""
-    return cache_folder() / "calibration" / f"{source.sha256[:32]}.npz"
+    inputs = track(parts.judge.inputs(source.preprocess), "Judging", len(parts.judge))
+    logits = logits_from_graphs(runnable, inputs)
+    reference = logits.pop("fp32")
+    return {name: agreement(values, reference, source.activation, labels, positive) for name, values in logits.items()}
 
 
 # --- the rest of the manifest --------------------------------------------------------------------------
@@ -319,6 +333,18 @@ def _operating_points(
         graph = source.graph.SerializeToString(deterministic=True)
         return operating_points_from_folder(file, graph, labels, source.preprocess, source.activation, track)
     return operating_points_from_file(file, labels)
+
+
+def _manifest_bytes(manifest: Manifest) -> bytes:
+    """The manifest as it is written, read once before an older bundle makes room for it: JSON has no NaN."""
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    try:
+        msgspec.json.decode(data, type=Manifest)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            f"what was measured makes no manifest ({error}); check --mean, --std and the weights"
+        ) from error
+    return data
 
 
 def _producer() -> dict[str, str]:

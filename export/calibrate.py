@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import os
-import zipfile
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -57,6 +57,7 @@ LEVELS: Final = 127
 
 _PERCENTILE: Final = 99.999
 _ENTROPY_BINS: Final = 256
+_FEWEST: Final = 8
 _LARGEST: Final = {"calibrate": 300, "select": 100, "judge": 1000}
 _SMALLEST_LIMIT: Final = 2.0**-100  # of a tensor that is always zero: any other's is larger
 _SAVE_EVERY: Final = 16  # images
@@ -117,75 +118,94 @@ def parts_from_path(path: Path) -> Parts:
 
     A folder in the NIH layout: its train_val images by patient, 60 % to calibrate and 40 % to
     select, and its test images to judge. Another folder, or a text file with an image's path per
-    line (relative to the file): by a hash of the name, 50, 25 and 25 %. At most 300, 100 and 1000
-    are taken. The order is that of hashes, so the same images always make the same parts, and no
-    file's content is in two of them.
+    line (relative to the file): 50, 25 and 25 %, keeping together what NIH's file names give to one
+    patient. Of each part at most 300, 100 and 1000 are taken. The order is that of names' hashes, so
+    that the same images always make the same parts, and no file's content is in two of them.
 
-    Raises DatasetError where the folder or list cannot be read or leaves a part empty.
+    Raises DatasetError where the folder or list cannot be read or leaves a part fewer than 8 images.
     """
     if path.is_dir() and is_nih_layout(path):
-        parts, split = _nih_parts(path), "official: train_val by patient, 60 % and 40 %; test"
+        parts, split = _nih_parts(path), "NIH's lists: train_val by patient, 60 % and 40 %; test"
     else:
-        parts, split = _plain_parts(path), "by a hash of the file name, 50, 25 and 25 %"
+        parts, split = (
+            _plain_parts(path),
+            "by file name, images that NIH's names give to one patient together, 50, 25 and 25 %",
+        )
     seen: set[str] = set()
     chosen: dict[str, Part] = {}
     for name, candidates in parts.items():
         fresh = []
-        for candidate, labels in itertools.islice(candidates, _LARGEST[name]):
-            sha256 = hashlib.sha256(_bytes(candidate)).hexdigest()
+        for candidate, labels in candidates[: _LARGEST[name]]:
+            sha256 = hashlib.sha256(_image_bytes(candidate, path)).hexdigest()
             if sha256 not in seen:
                 fresh.append(Sample(path=candidate, sha256=sha256, labels=labels))
             seen.add(sha256)
         chosen[name] = Part(tuple(fresh))
-    if empty := [name for name, part in chosen.items() if not len(part)]:
+    if few := [f"{len(part)} to {name}" for name, part in chosen.items() if len(part) < _FEWEST]:
         raise DatasetError(
-            f"{path} leaves no image to {' and to '.join(empty)}: INT8 needs radiographs to compute ranges on, others to "
-            "choose layers on and others to be judged on, some tens of each; name a folder with more"
+            f"{path} leaves {' and '.join(few)}: INT8 needs radiographs to compute ranges on, others to choose layers on "
+            f"and others to be judged on, at least {_FEWEST} and better some tens of each; name a folder with more"
         )
     return Parts(calibrate=chosen["calibrate"], select=chosen["select"], judge=chosen["judge"], split=split)
 
 
-_Candidates = Iterable[tuple[Path, tuple[str, ...] | None]]
+_Candidate = tuple[Path, tuple[str, ...] | None]
 
 
-def _nih_parts(folder: Path) -> dict[str, _Candidates]:
+def _nih_parts(folder: Path) -> dict[str, list[_Candidate]]:
     dataset = NihDataset.open(folder).present()
-    patients: dict[int, list[tuple[Path, tuple[str, ...]]]] = {}
-    for record in dataset.split("train_val"):
+    records: dict[str, list[_Candidate]] = {"train_val": [], "test": []}
+    for record in dataset:
         assert record.path is not None  # present() holds it
-        patients.setdefault(record.patient, []).append((record.path, record.labels))
-    wanted = 0.6 * sum(map(len, patients.values()))
-    calibrate: list[tuple[Path, tuple[str, ...]]] = []
-    select: list[tuple[Path, tuple[str, ...]]] = []
-    for patient in sorted(patients, key=lambda patient: _order(str(patient))):
-        (calibrate if len(calibrate) < min(wanted, _LARGEST["calibrate"]) else select).extend(patients[patient])
-    judge = [(record.path, record.labels) for record in dataset.split("test") if record.path is not None]
-    return {"calibrate": calibrate, "select": select, "judge": sorted(judge, key=lambda item: _order(item[0].name))}
+        records[record.split].append((record.path, record.labels))
+    calibrate, select = _split(records["train_val"], min(0.6 * len(records["train_val"]), _LARGEST["calibrate"]))
+    (judge,) = _split(records["test"])
+    return {"calibrate": calibrate, "select": select, "judge": judge}
 
 
-def _plain_parts(path: Path) -> dict[str, _Candidates]:
-    if path.is_dir():
-        files = image_files(path)
-    else:
-        names = (line.strip() for line in _bytes(path).decode("utf-8", "replace").splitlines())
-        files = [path.parent / name for name in names if name]
-    files.sort(key=lambda file: _order(file.name))
-    first, second = len(files) // 2, len(files) * 3 // 4
-    pairs = [(file, None) for file in files]
-    return {"calibrate": pairs[:first], "select": pairs[first:second], "judge": pairs[second:]}
+def _plain_parts(path: Path) -> dict[str, list[_Candidate]]:
+    files = image_files(path) if path.is_dir() else _listed(path)
+    first, second = min(0.5 * len(files), _LARGEST["calibrate"]), 0.75 * len(files)
+    calibrate, select, judge = _split([(file, None) for file in files], first, second)
+    return {"calibrate": calibrate, "select": select, "judge": judge}
 
 
-def _order(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
+def _split(candidates: list[_Candidate], *ends: float) -> list[list[_Candidate]]:
+    """The candidates in parts, each of which ends with the patient who reaches this many of all, the last with all."""
+    patients: dict[str, list[_Candidate]] = {}
+    for candidate in candidates:
+        nih = re.match(r"\d{8}(?=_\d{3}\.)", candidate[0].name)
+        patients.setdefault(nih[0] if nih else candidate[0].name, []).append(candidate)
+    parts: list[list[_Candidate]] = [[] for _ in range(len(ends) + 1)]
+    taken = 0
+    for patient in sorted(patients, key=lambda name: hashlib.sha256(os.fsencode(name)).hexdigest()):
+        parts[sum(taken >= end for end in ends)] += patients[patient]
+        taken += len(patients[patient])
+    return parts
 
 
-def _bytes(path: Path) -> bytes:
+def _listed(path: Path) -> list[Path]:
+    """The images that a text file names, a path per line."""
+    remedy = (
+        "expected a folder of radiographs, in the NIH layout or not, or a text file that lists some: check --calibrate"
+    )
     try:
-        return path.read_bytes()
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is no text; {remedy}") from error
+    if "\0" in text:
+        raise DatasetError(f"{path} is no text; {remedy}")
+    return [path.parent / line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _image_bytes(image: Path, named_by: Path) -> bytes:
+    try:
+        return image.read_bytes()
     except OSError as error:
         raise DatasetError(
-            f"{path} cannot be read ({error.strerror}); expected a folder of radiographs, in the NIH layout or not, or a "
-            "text file that lists some: check --calibrate"
+            f"calibration image {image}, named by {named_by}, cannot be read ({error.strerror}); restore it or leave it out"
         ) from error
 
 
@@ -213,7 +233,8 @@ class Histogram:
             raise CheckpointError(
                 "the network gives values that are not finite on a calibration image; check --mean, --std and the weights"
             )
-        limit = max(float(np.ldexp(1.0, np.frexp(largest)[1])), _SMALLEST_LIMIT)
+        above = float(np.ldexp(1.0, np.frexp(largest)[1])) if largest else 0.0
+        limit = max(above, _SMALLEST_LIMIT)
         bins = (magnitudes * np.float32(BINS / limit)).astype(np.int32)
         return cls(np.bincount(bins, minlength=BINS), limit, largest)
 
@@ -281,17 +302,19 @@ def histograms(
     tensors: Sequence[str],
     part: Part,
     spec: PreprocessSpec,
-    state: Path,
+    unfinished: Path,
     track: Track = no_progress,
 ) -> dict[str, Histogram]:
     """Each tensor's histogram over a part's radiographs.
 
-    `tensors` are float outputs of nodes of `model`. What has been counted is kept in the file
-    `state`, from which a run with the same arguments goes on. Raises DatasetError, CheckpointError.
+    `tensors` are float outputs of nodes of `model`. Until all are counted, what has been counted is kept
+    in a file of the folder `unfinished`, from which a run with the same arguments goes on. Raises
+    DatasetError, CheckpointError.
     """
     graph = _exposed(model, tensors)
-    key = hashlib.sha256(graph + "".join(sample.sha256 for sample in part.samples).encode()).hexdigest()
-    done, total = _saved(state, key)
+    arguments = (graph, msgspec.json.encode(spec), *(sample.sha256.encode() for sample in part.samples))
+    state = unfinished / hashlib.sha256(b"".join(arguments)).hexdigest()
+    done, total = _saved(state)
     session = single_threaded(graph)
 
     def count(image: npt.NDArray[np.uint8]) -> dict[str, Histogram]:
@@ -303,8 +326,8 @@ def histograms(
         for name, histogram in counted.items():
             total[name] = total[name].merged(histogram) if name in total else histogram
         if number % _SAVE_EVERY == 0:
-            _save(state, key, number, total)
-    _save(state, key, len(part), total)
+            _save(state, number, total)
+    state.unlink(missing_ok=True)
     return total
 
 
@@ -320,7 +343,7 @@ def _exposed(model: onnx.ModelProto, tensors: Sequence[str]) -> bytes:
 
 
 def single_threaded(graph: bytes) -> onnxruntime.InferenceSession:
-    """A session that computes on the calling thread: several images at a time, each the same on any machine."""
+    """A session that computes on the calling thread: its answer does not depend on how many cores there are."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = 1
@@ -341,34 +364,43 @@ def parallel(step: Callable[[npt.NDArray[np.uint8]], _T], images: Iterable[npt.N
             pending.extend(pool.submit(step, image) for image in itertools.islice(source, 1))
 
 
-def _saved(state: Path, key: str) -> tuple[int, dict[str, Histogram]]:
-    """How many images an interrupted run has counted, and its counts; nothing where the state is of another run."""
+class _State(msgspec.Struct):
+    """What an interrupted run had counted after `done` images, by tensor."""
+
+    done: int
+    counts: dict[str, bytes]
+    limits: dict[str, float]
+    largest: dict[str, float]
+
+
+def _saved(state: Path) -> tuple[int, dict[str, Histogram]]:
+    """How many images an interrupted run has counted, and its counts; nothing where there is none or it is damaged."""
     try:
-        with np.load(io.BytesIO(state.read_bytes()), allow_pickle=False) as kept:
-            if str(kept["key"]) != key:
-                return 0, {}
-            rows = zip(kept["names"], kept["counts"], kept["limits"], kept["largest"], strict=True)
-            return int(kept["done"]), {
-                str(name): Histogram(counts, float(limit), float(largest)) for name, counts, limit, largest in rows
-            }
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        return 0, {}  # none yet, or cut off while it was written: count again
+        data = state.read_bytes()
+    except OSError:
+        return 0, {}
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        return 0, {}
+    saved = msgspec.msgpack.decode(data[32:], type=_State)
+    return saved.done, {
+        name: Histogram(np.frombuffer(counts, np.int64), saved.limits[name], saved.largest[name])
+        for name, counts in saved.counts.items()
+    }
 
 
-def _save(state: Path, key: str, done: int, total: Mapping[str, Histogram]) -> None:
-    made = state.with_suffix(f".{os.getpid()}.tmp")
+def _save(state: Path, done: int, total: Mapping[str, Histogram]) -> None:
+    data = msgspec.msgpack.encode(
+        _State(
+            done,
+            {name: histogram.counts.astype(np.int64).tobytes() for name, histogram in total.items()},
+            {name: histogram.limit for name, histogram in total.items()},
+            {name: histogram.largest for name, histogram in total.items()},
+        )
+    )
+    made = state.with_suffix(f".{os.getpid()}")
     try:
         state.parent.mkdir(parents=True, exist_ok=True)
-        with made.open("wb") as file:
-            np.savez(
-                file,
-                key=np.array(key),
-                done=np.array(done),
-                names=np.array(list(total)),
-                counts=np.stack([histogram.counts for histogram in total.values()]),
-                limits=np.array([histogram.limit for histogram in total.values()]),
-                largest=np.array([histogram.largest for histogram in total.values()]),
-            )
+        made.write_bytes(hashlib.sha256(data).digest() + data)
         made.replace(state)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +34,11 @@ from thoraxrt.export.sensitivity import Inputs, choose_layers, choose_method, lo
 
 __all__ = ["RANGES", "Choice", "Int8", "Ranges", "int8_by_measurement", "int8_from_file", "int8_from_ranges"]
 
-Choice = Method | Literal["best"]
+Choice = Literal["best", "minmax", "percentile", "entropy", "mse"]
 """A calibration method, or the one that moves logits least."""
 
 RANGES: Final = "ranges.json"
+_LARGEST_RANGE: Final = float(np.finfo(np.float32).max)
 SENSITIVITY: Final = "sensitivity.json"
 PICTURE: Final = "sensitivity.png"
 
@@ -52,14 +52,15 @@ class Ranges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     fp32_sha256: str
+    preprocess: PreprocessSpec
     scales: dict[str, tuple[int, ...]]
     ranges: dict[Method, dict[str, float]]
     float_layers: tuple[str, ...]
     calibration: Calibration
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(top) and top > 0 for tops in self.ranges.values() for top in tops.values()):
-            raise ValueError("ranges must be finite and above 0")
+        if not all(0 < top <= _LARGEST_RANGE for tops in self.ranges.values() for top in tops.values()):
+            raise ValueError("ranges must be float32 values above 0")
         if self.calibration.method not in self.ranges:
             raise ValueError(f"there are no ranges of the method used, {self.calibration.method}")
         if any(abs(exponent) > LARGEST_EXPONENT for channels in self.scales.values() for exponent in channels):
@@ -82,13 +83,13 @@ def int8_by_measurement(
     activation: Activation,
     labels: tuple[str, ...],
     method: Choice,
-    state: Path,
+    unfinished: Path,
     track: Track = no_progress,
 ) -> Int8:
     """Quantise a served FP32 graph: ranges from one part of the images, method and float layers from another.
 
-    An interrupted calibration goes on from the file
-    `state`. Raises DatasetError for unusable images, RequestError where nothing can be quantised.
+    An interrupted calibration goes on from what it left in the folder
+    `unfinished`. Raises DatasetError for unusable images, RequestError where nothing can be quantised.
     """
     layers = quantisable_layers(model)
     tensors = sorted(set(layers.values()))
@@ -98,7 +99,7 @@ def int8_by_measurement(
     maxima = channel_maxima(model, tensors, parts.calibrate, spec, track)
     scales = _scales_if_better(model, maxima, inputs, reference)
     even = equalised(model, scales)
-    counted = histograms(even, tensors, parts.calibrate, spec, state, track)
+    counted = histograms(even, tensors, parts.calibrate, spec, unfinished, track)
     ranges: dict[Method, dict[str, float]] = {
         name: {tensor: range_from_histogram(counted[tensor], name) for tensor in tensors}
         for name in track(METHODS, "Computing ranges", len(METHODS))
@@ -111,6 +112,7 @@ def int8_by_measurement(
     trade_off = choose_layers(even, chosen, ranges[chosen], inputs, reference, compare, track)
     kept = Ranges(
         fp32_sha256=_sha256(model),
+        preprocess=spec,
         scales=scales,
         ranges=ranges,
         float_layers=trade_off.float_layers,
@@ -160,8 +162,10 @@ def int8_from_ranges(model: onnx.ModelProto, ranges: Ranges) -> onnx.ModelProto:
             f"the ranges were computed for another FP32 graph (sha256 {ranges.fp32_sha256[:12]}...) than this export's "
             f"({_sha256(model)[:12]}...): calibrate again with --calibrate FOLDER"
         )
-    layers, tops = quantisable_layers(model), ranges.ranges[ranges.calibration.method]
-    if set(layers.values()) != tops.keys() or not layers.keys() >= set(ranges.float_layers):
+    layers, tops, done = quantisable_layers(model), ranges.ranges[ranges.calibration.method], ranges.calibration
+    floats = set(ranges.float_layers)
+    fits = (done.ranges, done.layers, done.quantised) == (RANGES, len(layers), len(layers) - len(floats))
+    if not fits or set(layers.values()) != tops.keys() or not layers.keys() >= floats:
         raise DatasetError(
             "the ranges name other tensors or layers than their graph has: the file was changed; calibrate again"
         )
@@ -174,18 +178,28 @@ def int8_from_ranges(model: onnx.ModelProto, ranges: Ranges) -> onnx.ModelProto:
     return int8_from_fp32(even, tops, [layer for layer in layers if layer not in ranges.float_layers])
 
 
-def int8_from_file(model: onnx.ModelProto, path: Path) -> Int8:
-    """The INT8 graph of another export's `ranges.json`. Raises DatasetError where that cannot be read or does not fit."""
+def int8_from_file(model: onnx.ModelProto, spec: PreprocessSpec, path: Path) -> Int8:
+    """The INT8 graph of another export's `ranges.json`, for the same network and geometry.
+
+    Raises DatasetError where the file cannot be read or is another's.
+    """
     try:
         data = path.read_bytes()
         ranges = msgspec.json.decode(data, type=Ranges)
-        return Int8(model=int8_from_ranges(model, ranges), ranges=ranges, files={RANGES: data})
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error.strerror}); expected a bundle's {RANGES}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
         raise DatasetError(
             f"{path} is no {RANGES} of a bundle: {error}; calibrate with a folder of radiographs"
         ) from error
+    if ranges.preprocess != spec:
+        raise DatasetError(
+            f"{path} was computed with another geometry ({ranges.preprocess}) than this export's ({spec}): give the same "
+            "--resize, --crop and --square, or calibrate again"
+        )
+    model = int8_from_ranges(model, ranges)
+    reused = msgspec.structs.replace(ranges.calibration, reused=True)
+    return Int8(model=model, ranges=msgspec.structs.replace(ranges, calibration=reused), files={RANGES: data})
 
 
 def _sha256(model: onnx.ModelProto) -> str:

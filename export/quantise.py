@@ -172,7 +172,7 @@ def int8_from_fp32(model: onnx.ModelProto, ranges: Mapping[str, float], layers: 
     )
     if layers:  # an empty list of nodes means all of them to the quantiser
         quantiser.quantize_model()
-        _give_back(quantised.graph, layers)
+        _give_back(quantiser.model.model.graph, layers)
         quantiser.model.topological_sort()
     result: onnx.ModelProto = quantiser.model.model
     result.producer_name, result.producer_version = model.producer_name, model.producer_version

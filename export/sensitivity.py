@@ -54,30 +54,41 @@ class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """A point of the trade-off: the agreement with so many of the costliest convolutions in float."""
+    """A point of the trade-off: the agreement with so many convolutions in float."""
 
     float_layers: int
     agreement: Agreement
 
 
 class TradeOff(msgspec.Struct, frozen=True, kw_only=True):
-    """The costs, costliest first; the curve, by number of float layers; and the layers to keep in float."""
+    """The costs, costliest first; the curve, with so many of the costliest in float; what is chosen, and its agreement.
+
+    Where no choice meets the bar, every convolution stays in float.
+    """
 
     method: Method
     costs: tuple[LayerCost, ...]
     curve: tuple[Step, ...]
     float_layers: tuple[str, ...]
+    chosen: Step
 
 
 def logits_from_graph(model: onnx.ModelProto, inputs: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
     """The graph's logits, float32 `(N, C)`, an image at a time."""
-    session = single_threaded(model.SerializeToString(deterministic=True))
+    return logits_from_graphs({"": model}, inputs)[""]
 
-    def logits(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        (result,) = session.run(["logits"], {"image": image[np.newaxis]})
-        return np.asarray(result[0], np.float32)
 
-    return np.stack(list(parallel(logits, inputs)))
+def logits_from_graphs(
+    models: Mapping[str, onnx.ModelProto], inputs: Iterable[npt.NDArray[np.uint8]]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Each graph's logits, float32 `(N, C)`, in one pass over the images."""
+    sessions = [single_threaded(model.SerializeToString(deterministic=True)) for model in models.values()]
+
+    def logits(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.float32]]:
+        return [session.run(["logits"], {"image": image[np.newaxis]})[0][0] for session in sessions]
+
+    rows = list(parallel(logits, inputs))
+    return {name: np.stack([row[column] for row in rows]) for column, name in enumerate(models)}
 
 
 def logit_error(model: onnx.ModelProto, inputs: Inputs, reference: npt.NDArray[np.float32]) -> float:
@@ -139,18 +150,20 @@ def choose_layers(
         meets(count)
     enough = next((position for position, count in enumerate(counts) if meets(count)), len(counts) - 1)
     low, high = counts[max(enough - 1, 0)], counts[enough]
-    while high - low > 1:  # low does not meet the bar, high does
+    while high - low > 1:  # low does not meet the bar, high does, if any does
         middle = (low + high) // 2
         low, high = (low, middle) if meets(middle) else (middle, high)
-    kept = [cost.layer for cost in costs[:high]]
+    kept, chosen = [cost.layer for cost in costs[:high]], curve[high]
     for layer in reversed(kept[:-1]):  # without the last one the bar was not met
-        if without(fewer := [name for name in kept if name != layer]).meets_bar:
-            kept = fewer
+        tried = without(fewer := [name for name in kept if name != layer])
+        if tried.meets_bar:
+            kept, chosen = fewer, tried
     return TradeOff(
         method=method,
         costs=tuple(costs),
         curve=tuple(Step(float_layers=count, agreement=curve[count]) for count in sorted(curve)),
         float_layers=tuple(kept),
+        chosen=Step(float_layers=len(kept), agreement=chosen),
     )
 
 
@@ -165,7 +178,8 @@ def plot(trade_off: TradeOff) -> bytes:
     ):
         left.plot(counts, values, "o-", color=colour, label=name)
         left.axhline(bar, color=colour, linestyle=":", label=f"bar for the {name}")
-    left.axvline(len(trade_off.float_layers), color="grey", linewidth=6, alpha=0.3, label="chosen")
+    at, agreement = trade_off.chosen.float_layers, trade_off.chosen.agreement
+    left.plot([at, at], [agreement.mean_error, agreement.p99_error], "k*", markersize=13, label="chosen", zorder=3)
     left.set_xscale("symlog", linthresh=1)
     left.set_xticks(counts, map(str, counts), fontsize=8)
     left.set(

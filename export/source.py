@@ -75,6 +75,7 @@ class Source:
     labels: tuple[str, ...] | None
     activation: Activation
     preprocess: PreprocessSpec
+    normalisation: Normalisation
     trained_with: TrainedWith | None
 
 
@@ -108,6 +109,7 @@ def _from_checkpoint(path: Path, given: Given) -> Source:
         labels=given.labels or checkpoint.labels,
         activation=given.activation or (SigmoidOpNorm(thresholds=points) if points else Sigmoid()),
         preprocess=preprocess,
+        normalisation=normalisation,
         # A geometry that the user states is the one to be served: only his own word says that training's was another.
         trained_with=given.trained_with or (None if given.preprocess else checkpoint.trained_with),
     )
@@ -140,6 +142,7 @@ def _from_onnx(
         labels=given.labels,
         activation=given.activation or found,
         preprocess=preprocess,
+        normalisation=normalisation,
         trained_with=given.trained_with,
     )
 

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
@@ -191,8 +191,6 @@ def export(
 
     [bold]thoraxrt export densenet121-nih.pth.tar --out chexnet.bundle --precision fp32,fp16,int8 --calibrate nih[/]
     """
-    import msgspec
-
     from thoraxrt.engine.boxes import BoxSpec
     from thoraxrt.engine.bundle import TrainedWith
     from thoraxrt.export.bundle import ExportOptions, export_bundle
@@ -202,24 +200,24 @@ def export(
 
     if (mean is None) != (std is None):
         raise RequestError("--mean and --std go together: give both, or neither")
-    if activation not in (None, *ACTIVATIONS):
+    if activation is not None and activation not in ACTIVATIONS:
         raise RequestError(f"--activation {activation}: expected one of {', '.join(ACTIVATIONS)}")
     try:
         options = ExportOptions(
-            precisions=tuple(precision.split(",")),
+            precisions=_items(precision),
             given=Given(
-                labels=tuple(label.strip() for label in labels.split(",")) if labels else None,
+                labels=_items(labels) if labels else None,
                 activation=ACTIVATIONS[activation] if activation else None,
                 preprocess=_preprocess(input_size, resize, crop, square),
                 normalisation=Normalisation(mean=_numbers(mean), std=_numbers(std)) if mean and std else None,
-                trained_with=msgspec.convert(trained_with, TrainedWith | None),
+                trained_with=_one_of("--trained-with", trained_with, TrainedWith) if trained_with else None,
                 network=network,
             ),
             boxes=BoxSpec(threshold=box_threshold),
             operating_points=operating_points,
             images=images,
             calibrate=calibrate,
-            method=msgspec.convert(method, Choice),
+            method=_one_of("--calibration-method", method, Choice),
             replace=replace,
         )
     except ValueError as error:
@@ -261,6 +259,14 @@ def _show_export(bundle: Bundle) -> None:
             f"{agreement.mean_error:.4f} on average, {agreement.p99_error:.4f} at the 99th percentile, rank correlation "
             f"{agreement.rank_correlation:.4f}; {_auroc_text(agreement)}: "
             + ("meets the bar" if agreement.meets_bar else "MISSES THE BAR")
+        )
+    if manifest.calibration and not manifest.calibration.quantised:
+        print(
+            "int8: NOT WRITTEN, since no choice of convolutions meets the bar; sensitivity.png in the bundle shows why"
+        )
+    if folded := manifest.normalisation:
+        print(
+            f"folded into the network: mean {folded.mean}, std {folded.std} of pixels in 0..1; {_preprocess_text(manifest.preprocess)}"
         )
     if skew := manifest.skew:
         print(
@@ -334,7 +340,7 @@ def compile_bundle(
         strip_weights=strip_weights,
     )
     held = [name for name in PRECISIONS if opened.graph_name(name) in opened.manifest.files]
-    precisions = precision.split(",") if precision else held
+    precisions = _items(precision) if precision else held
     cache = PlanCache(trusted=[require_signature] if require_signature else [])
     for compiled in _track(compile_plans(opened, precisions, options, cache), "Compiling plans", len(precisions)):
         folder = PlanCache(out).ship(compiled.cached, key) if out and key else compiled.cached.folder
@@ -348,7 +354,7 @@ def _plan_options(target: str | None, batch: str = "1,8,32", **options: Any) -> 
         raise RequestError(f"--batch {batch}: expected sizes separated by commas, 1,8,32 for example")
     try:
         wanted = PlanOptions(
-            buckets=tuple(map(int, batch.split(","))), targets=tuple(target.split(",")) if target else (), **options
+            buckets=tuple(map(int, batch.split(","))), targets=_items(target) if target else (), **options
         )
     except ValueError as error:
         raise RequestError(str(error)) from error
@@ -401,7 +407,10 @@ def export_triton(
     batch: Annotated[int | None, typer.Option(min=1, help="Most images that Triton runs at once; else 32.")] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(help="A plan of the plan cache instead of the graph: a folder that `thoraxrt compile` printed."),
+        typer.Option(
+            help="A plan instead of the graph: a folder that `thoraxrt compile` printed. From anywhere but this "
+            "machine's own plan cache it needs --require-signature."
+        ),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Exchange an existing model, atomically.")] = False,
     require_signature: RequireSignature = None,
@@ -434,6 +443,17 @@ def _resize(text: str) -> Exact | Shorter:
     if mode == "exact" and len(numbers) == 2 and all(number.isdecimal() for number in numbers):
         return Exact(width=int(numbers[0]), height=int(numbers[1]))
     raise RequestError(f"--resize {text}: expected shorter:N or exact:WxH, shorter:256 for example")
+
+
+def _items(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(","))
+
+
+def _one_of(option: str, value: str, choices: Any) -> Any:
+    """The value, where it is one of a Literal's. Raises RequestError."""
+    if value not in (names := get_args(choices)):
+        raise RequestError(f"{option} {value}: expected one of {', '.join(names)}")
+    return value
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -680,6 +700,8 @@ def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]], plans
     facts.add_row("checkpoint sha256", manifest.network.checkpoint_sha256)
     facts.add_row("preprocess", _preprocess_text(manifest.preprocess))
     facts.add_row("boxes", f"threshold {manifest.boxes.threshold:.3f}")
+    if folded := manifest.normalisation:
+        facts.add_row("normalisation", f"mean {folded.mean}, std {folded.std} of pixels in 0..1, folded in")
     facts.add_row("activation", str(type(manifest.activation).__struct_config__.tag))
     if skew := manifest.skew:
         facts.add_row(
@@ -689,6 +711,7 @@ def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]], plans
         )
     if calibration := manifest.calibration:
         counts = ", ".join(f"{len(hashes)} to {part}" for part, hashes in calibration.images.items())
+        counts += "; reused from an earlier export" if calibration.reused else ""
         facts.add_row(
             "int8",
             f"{calibration.quantised} of {calibration.layers} convolutions, {calibration.method} ranges; {counts} "

@@ -50,6 +50,12 @@ def test_a_changed_order_misses_the_bar_where_probabilities_hardly_move() -> Non
     assert not result.meets_bar
 
 
+def test_a_constant_answer_misses_the_bar_with_a_correlation_that_json_can_hold() -> None:
+    result = agreement(np.zeros_like(LOGITS), LOGITS, Sigmoid(), LABELS, None)
+    assert result.rank_correlation == 0
+    assert not result.meets_bar
+
+
 def test_a_finding_whose_auroc_moves_misses_the_bar() -> None:
     moved = LOGITS.copy()
     moved[POSITIVE[:, 0], 0] += 0.05  # each probability by 0.0125 at most

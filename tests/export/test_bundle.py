@@ -15,8 +15,9 @@ from PIL import Image
 
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import BundleError, CheckpointError, DatasetError, RequestError
-from thoraxrt.engine.postprocess import Sigmoid
+from thoraxrt.engine.postprocess import Sigmoid, Softmax
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec
+from thoraxrt.export import agreement as agreement_module
 from thoraxrt.export import source as source_module
 from thoraxrt.export.bundle import ExportOptions, export_bundle
 from thoraxrt.export.networks import ResNet
@@ -87,7 +88,7 @@ def test_a_graph_that_disagrees_with_torch_writes_nothing(
 ) -> None:
     real = source_module.reference_logits
     monkeypatch.setattr(source_module, "reference_logits", lambda *arguments: real(*arguments) + 1)
-    with pytest.raises(CheckpointError, match="differ from torch"):
+    with pytest.raises(CheckpointError, match="differ from the original"):
         export_bundle(checkpoint, tmp_path / "tiny.bundle", options())
     assert list(tmp_path.iterdir()) == []
 
@@ -97,6 +98,61 @@ def test_labels_must_fit_the_network(checkpoint: Path, options: Options, tmp_pat
         export_bundle(
             checkpoint, tmp_path / "tiny.bundle", options(given=Given(labels=("Mass", "Edema"), preprocess=TINY))
         )
+
+
+def test_labels_and_activation_are_checked_before_the_work(checkpoint: Path, options: Options, tmp_path: Path) -> None:
+    twice = Given(labels=("Mass",) * 14, preprocess=TINY)
+    with pytest.raises(RequestError, match="names Mass more than once"):
+        export_bundle(checkpoint, tmp_path / "tiny.bundle", options(given=twice))
+    torch.manual_seed(0)
+    safetensors.torch.save_file(ResNet((1, 1), width=8, num_classes=1).state_dict(), tmp_path / "one.safetensors")
+    one = Given(labels=("Mass",), activation=Softmax(), preprocess=TINY)
+    with pytest.raises(RequestError, match="softmax for a network of one output"):
+        export_bundle(tmp_path / "one.safetensors", tmp_path / "tiny.bundle", options(given=one))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough small pictures to calibrate on."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in range(40):
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 64), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+    return folder
+
+
+def test_where_no_int8_meets_the_bar_there_is_none_and_the_curve_shows_why(
+    checkpoint: Path, options: Options, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement_module, "MEAN_ERROR", 0.0)
+    bundle = export_bundle(
+        checkpoint, tmp_path / "tiny.bundle", options(precisions=("fp32", "int8"), calibrate=pictures)
+    )
+    calibration = bundle.manifest.calibration
+    assert calibration is not None
+    assert calibration.quantised == 0
+    assert "model.int8.onnx" not in bundle.manifest.files
+    assert set(bundle.manifest.checks) == {"fp32"}
+    assert bundle.manifest.agreement == {}
+    trade_off = json.loads(bundle.read("sensitivity.json"))
+    assert not any(step["agreement"]["meets_bar"] for step in trade_off["curve"][:-1])
+    assert trade_off["chosen"]["float_layers"] == calibration.layers
+
+
+def test_ranges_that_overflow_leave_the_old_bundle(
+    checkpoint: Path, options: Options, pictures: Path, tmp_path: Path
+) -> None:
+    int8 = options(precisions=("fp32", "int8"), calibrate=pictures, method="minmax")
+    before = export_bundle(checkpoint, tmp_path / "tiny.bundle", int8)
+    ranges = json.loads(before.read("ranges.json"))
+    ranges["ranges"]["minmax"] = dict.fromkeys(ranges["ranges"]["minmax"], 1e39)  # a float64, no float32
+    (tmp_path / "ranges.json").write_text(json.dumps(ranges))
+    huge = options(precisions=("fp32", "int8"), calibrate=tmp_path / "ranges.json", replace=True)
+    with pytest.raises(DatasetError, match="float32"):
+        export_bundle(checkpoint, tmp_path / "tiny.bundle", huge)
+    after = Bundle.open(tmp_path / "tiny.bundle")
+    after.verify()
+    assert after.sha256 == before.sha256
 
 
 @pytest.mark.parametrize("precisions", [("fp16",), ("fp32", "fp8")])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
@@ -63,7 +64,7 @@ def test_a_list_makes_the_parts_of_its_folder(folder: Path, tmp_path: Path) -> N
 
 
 def test_nih_parts_keep_patients_apart_and_the_test_images_for_the_judge(tmp_path: Path) -> None:
-    write_phantoms(tmp_path / "phantoms", 24, 3)
+    write_phantoms(tmp_path / "phantoms", 64, 3)
     parts = parts_from_path(tmp_path / "phantoms")
     patients = [
         {sample.path.name[:8] for sample in part.samples} for part in (parts.calibrate, parts.select, parts.judge)
@@ -85,12 +86,31 @@ def test_real_radiographs_are_parted_as_the_issue_says(nih: Path) -> None:
     assert len(parts.judge) == 76
 
 
-@pytest.mark.parametrize("files", [[], ["only.png"]])
-def test_too_few_images_are_refused(files: list[str], tmp_path: Path) -> None:
-    for name in files:
-        Image.new("L", (8, 8)).save(tmp_path / name)
-    with pytest.raises(DatasetError, match="leaves no image to"):
+@pytest.mark.parametrize("count", [0, 1, 12])
+def test_too_few_images_are_refused(count: int, tmp_path: Path) -> None:
+    for number in range(count):
+        Image.new("L", (32, 32), number).save(tmp_path / f"{number}.png")
+    with pytest.raises(DatasetError, match="to judge: INT8 needs"):
         parts_from_path(tmp_path)
+
+
+def test_plain_folders_keep_the_patients_of_nih_names_together(tmp_path: Path) -> None:
+    for number in range(60):
+        Image.new("L", (32, 32), number).save(tmp_path / f"{number // 3:08d}_{number % 3:03d}.png")
+    parts = parts_from_path(tmp_path)
+    patients = [{s.path.name[:8] for s in part.samples} for part in (parts.calibrate, parts.select, parts.judge)]
+    assert patients[0].isdisjoint(patients[1] | patients[2])
+    assert patients[1].isdisjoint(patients[2])
+
+
+def test_lists_that_are_none_are_refused_without_their_bytes(folder: Path, tmp_path: Path) -> None:
+    for image in sorted(folder.iterdir())[:8]:
+        with pytest.raises(DatasetError, match=r"is no text") as refusal:
+            parts_from_path(image)
+        assert str(refusal.value).isascii()
+    (tmp_path / "list.txt").write_text("missing.png\n" * 40)
+    with pytest.raises(DatasetError, match=r"missing\.png, named by .*list\.txt"):
+        parts_from_path(tmp_path / "list.txt")
 
 
 def test_a_path_that_is_not_there_and_a_file_that_is_no_radiograph_are_named(tmp_path: Path) -> None:
@@ -172,7 +192,7 @@ def doubling() -> onnx.ModelProto:
 
 def test_an_interrupted_calibration_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
     part = Part(parts_from_path(folder).calibrate.samples + parts_from_path(folder).select.samples)
-    expected = histograms(doubling(), ["twice"], part, TINY, tmp_path / "uninterrupted.npz")["twice"]
+    expected = histograms(doubling(), ["twice"], part, TINY, tmp_path)["twice"]
     values = np.concatenate([2 * image.astype(np.float32) for image in part.inputs(TINY)])
     np.testing.assert_array_equal(expected.counts, Histogram.of(values).counts)
 
@@ -185,34 +205,46 @@ def test_an_interrupted_calibration_goes_on_where_it_was(folder: Path, tmp_path:
                 raise KilledError
             yield item
 
-    state = tmp_path / "state.npz"
     with pytest.raises(KilledError):
-        histograms(doubling(), ["twice"], part, TINY, state, killed_after_20)
+        histograms(doubling(), ["twice"], part, TINY, tmp_path, killed_after_20)
     asked = []
 
     def watched(items, description, total):  # type: ignore[no-untyped-def]
         asked.append(total)
         yield from items
 
-    resumed = histograms(doubling(), ["twice"], part, TINY, state, watched)["twice"]
-    assert asked == [len(part) - 16]  # saved every 16
+    other = PreprocessSpec(resize=Exact(width=8, height=16), crop=8)
+    histograms(doubling(), ["twice"], part, other, tmp_path, watched)  # another geometry begins anew
+    resumed = histograms(doubling(), ["twice"], part, TINY, tmp_path, watched)["twice"]
+    assert asked == [len(part), len(part) - 16]  # saved every 16
     np.testing.assert_array_equal(resumed.counts, expected.counts)
     assert (resumed.limit, resumed.largest) == (expected.limit, expected.largest)
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no archive", None])
-def test_a_damaged_or_foreign_state_is_counted_anew(damage: bytes | None, folder: Path, tmp_path: Path) -> None:
-    part = parts_from_path(folder).calibrate
-    state = tmp_path / "state.npz"
-    if damage is None:
-        histograms(doubling(), ["twice"], parts_from_path(folder).judge, TINY, state)  # another run's
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_state_is_counted_anew(data: st.DataObject, folder: Path, tmp_path: Path) -> None:
+    part = Part(parts_from_path(folder).calibrate.samples[:18])
+
+    def killed(items, description, total):  # type: ignore[no-untyped-def]
+        yield from itertools.islice(items, 17)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        histograms(doubling(), ["twice"], part, TINY, tmp_path, killed)
+    (state,) = tmp_path.iterdir()
+    saved = bytearray(state.read_bytes())
+    if data.draw(st.booleans()):
+        saved[data.draw(st.integers(0, len(saved) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     else:
-        state.write_bytes(damage)
-    result = histograms(doubling(), ["twice"], part, TINY, state)["twice"]
+        del saved[data.draw(st.integers(0, len(saved) - 1)) :]
+    state.write_bytes(saved)
+    result = histograms(doubling(), ["twice"], part, TINY, tmp_path)["twice"]
     assert result.counts.sum() == 64 * len(part)
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DatasetError, match="THORAXRT_CACHE"):
-        histograms(doubling(), ["twice"], parts_from_path(folder).judge, TINY, tmp_path / "file" / "state.npz")
+        histograms(doubling(), ["twice"], parts_from_path(folder).calibrate, TINY, tmp_path / "file" / "calibration")

@@ -19,12 +19,14 @@ from thoraxrt.engine.backends.tensorrt import layer_types_from_onnx
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import DatasetError, RequestError
 from thoraxrt.engine.postprocess import Sigmoid
+from thoraxrt.engine.preprocess import Exact, PreprocessSpec
 from thoraxrt.export.agreement import agreement
 from thoraxrt.export.bundle import ExportOptions, export_bundle
 from thoraxrt.export.calibrate import Part, parts_from_path
 from thoraxrt.export.int8 import Ranges, int8_from_file
 from thoraxrt.export.phantoms import PLANTED, write_phantoms
 from thoraxrt.export.sample import SAMPLE_BOXES, SAMPLE_CHECKPOINT
+from thoraxrt.export.source import CHEXNET
 
 PHANTOMS = 400
 
@@ -85,7 +87,10 @@ def test_the_ranges_repeat_the_graph_byte_for_byte_without_an_image(exported: Ex
     )
     assert again.read("model.int8.onnx") == exported.bundle.read("model.int8.onnx")
     assert again.read("ranges.json") == exported.bundle.read("ranges.json")
-    assert again.manifest.calibration == exported.bundle.manifest.calibration
+    before, after = exported.bundle.manifest.calibration, again.manifest.calibration
+    assert before is not None
+    assert not before.reused
+    assert after == msgspec.structs.replace(before, reused=True)
     assert again.manifest.agreement == {}  # nothing was judged here
 
 
@@ -94,13 +99,17 @@ def test_ranges_of_another_network_or_no_ranges_are_refused(exported: Exported, 
     ranges = msgspec.json.decode(exported.bundle.read("ranges.json"), type=Ranges)
     (tmp_path / "other.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(ranges, fp32_sha256="0" * 64)))
     (tmp_path / "broken.json").write_bytes(b'{"scales": 3}')
+    with pytest.raises(DatasetError, match="another geometry"):
+        int8_from_file(model, PreprocessSpec(resize=Exact(width=224, height=224)), exported.bundle.path / "ranges.json")
+    with pytest.raises(RequestError, match="leave the method out"):
+        ExportOptions(precisions=("fp32", "int8"), calibrate=Path("ranges.json"), method="mse")
     for name, message in (
         ("other", "another FP32 graph"),
         ("broken", r"is no ranges\.json"),
         ("none", "cannot be read"),
     ):
         with pytest.raises(DatasetError, match=message):
-            int8_from_file(model, tmp_path / f"{name}.json")
+            int8_from_file(model, CHEXNET, tmp_path / f"{name}.json")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -124,7 +133,7 @@ def test_changed_ranges_are_refused_or_make_a_sound_graph(
             holder[key] = data.draw(junk)
     (tmp_path / "ranges.json").write_text(json.dumps(ranges))
     with contextlib.suppress(DatasetError):  # anything else is a crash
-        onnx.checker.check_model(int8_from_file(model, tmp_path / "ranges.json").model)
+        onnx.checker.check_model(int8_from_file(model, CHEXNET, tmp_path / "ranges.json").model)
 
 
 def test_without_images_int8_is_refused_with_the_reason() -> None:

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from torch import nn
 
 from thoraxrt.engine.bundle import Agreement
 from thoraxrt.engine.errors import RequestError
@@ -24,6 +25,7 @@ from thoraxrt.export.graph import IMAGENET, ServedNetwork, onnx_from_network
 from thoraxrt.export.networks import CxrNetwork, DenseNet, ResNet
 from thoraxrt.export.quantise import equalised, int8_from_fp32, quantisable_layers, scales_from_maxima
 from thoraxrt.export.sensitivity import choose_layers, choose_method, logits_from_graph, plot
+from thoraxrt.export.surgery import onnx_from_module, served_from_onnx
 
 SIZE = 64
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (12, 1, SIZE, SIZE), np.uint8))
@@ -76,10 +78,8 @@ def test_only_the_trunks_convolutions_are_quantised_symmetric_signed_and_per_cha
     by_output = {output: node for node in int8.graph.node for output in node.output}
     values = {weight.name: numpy_helper.to_array(weight) for weight in int8.graph.initializer}
     for node in int8.graph.node:
-        if node.op_type != "Conv":
-            continue
         sources = [by_output.get(name) for name in node.input[:2]]
-        if node.name not in layers:
+        if node.name not in layers:  # an addition that shares a convolution's input, say
             assert not any(source is not None and source.op_type == "DequantizeLinear" for source in sources)
             continue
         assert [source.op_type for source in sources if source] == ["DequantizeLinear"] * 2
@@ -94,6 +94,37 @@ def test_only_the_trunks_convolutions_are_quantised_symmetric_signed_and_per_cha
             assert not values[source.input[2]].any()
         assert all(values[name].dtype == np.float32 for name in node.input[2:])  # the bias
     assert [output.name for output in int8.graph.output] == ["logits", "cam"]
+
+
+def test_a_layer_quantised_alone_leaves_what_shares_its_input_in_float(model: onnx.ModelProto) -> None:
+    for layer in quantisable_layers(model):
+        int8 = int8_from_fp32(model, ranges_on(model), [layer])
+        dequantised = {node.output[0] for node in int8.graph.node if node.op_type == "DequantizeLinear"}
+        assert [node.name for node in int8.graph.node if dequantised.intersection(node.input)] == [layer]
+
+
+class _Clipped(nn.Module):
+    """A head with a convolution of its own beside the CAM's, and a one-dimensional convolution in the trunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 2, 1)
+        self.attention, self.head = nn.Conv1d(1, 1, 3, padding=1), nn.Conv2d(12, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.body(torch.relu(self.stem(x))))
+        x = x * torch.sigmoid(self.attention(x.mean((2, 3))[:, None])[:, 0])[:, :, None, None]
+        return self.head(x.mean((2, 3), keepdim=True).clamp(0, 1)).flatten(1)
+
+
+def test_the_whole_head_and_other_convolutions_stay_in_float() -> None:
+    torch.manual_seed(0)
+    served = served_from_onnx(onnx_from_module(_Clipped().eval(), 3, SIZE), IMAGENET)
+    assert not served.linear
+    (layer,) = quantisable_layers(served.model)
+    int8 = int8_from_fp32(served.model, ranges_on(served.model), [layer])
+    assert sum(node.op_type == "DequantizeLinear" for node in int8.graph.node) == 2
+    assert sum(node.op_type == "Conv" for node in int8.graph.node) == 5
 
 
 def test_weights_round_to_the_nearest_of_255_codes_per_channel(model: onnx.ModelProto) -> None:
