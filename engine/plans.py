@@ -11,8 +11,9 @@
 `<key>` is the first 12 hex digits of the sha256 of the whole key: plans that differ in any option or
 batch bucket have folders of their own, and the same inputs always have the same one. A plan is code,
 so nothing in it reaches a runtime unless its `plan.json` is vouched for and every hash matches;
-otherwise it is compiled again from the bundle's verified graph. Nothing is ever removed but what is
-replaced: delete the folder to free its space.
+otherwise it is compiled again from the bundle's verified graph. The HMAC counts in this machine's own
+cache only: a folder from elsewhere may bring a key of its own, so there a signature must vouch. Nothing
+is ever removed but what is replaced: delete the folder to free its space.
 """
 
 from __future__ import annotations
@@ -209,7 +210,8 @@ def compile_plans(
     """Bring a plan for each precision into the cache, one after the other as they are asked for.
 
     A plan that is there and sound is not compiled again. Raises as `plan_key` does, BackendError
-    where TensorRT refuses the graph, PlanError where the cache cannot be written.
+    where TensorRT refuses the graph; before anything is built PlanError where the cache cannot be read
+    or written, SignatureError where it can hold no key of this machine.
 
     Example: `for compiled in compile_plans(bundle, ("fp16",), PlanOptions(targets=("sm86",))): ...`
     """
@@ -223,6 +225,7 @@ def compile_plans(
                 continue
             except PlanError as error:
                 reason = str(error)
+        cache.prepare(key)
         start = time.monotonic()
         plan = plan_from_onnx(bundle.read(bundle.graph_name(precision)), options, cache.timings(key))
         seconds = time.monotonic() - start
@@ -230,15 +233,33 @@ def compile_plans(
 
 
 class PlanCache:
-    """Plans on disk. `trusted`: public keys, PEM files or folders of them, whose signatures are taken too."""
+    """Plans on disk, under `root`, else under `cache_folder()`.
+
+    `trusted`: public keys, PEM files or folders of them, whose signatures are taken too. Under a root
+    that is not this machine's `cache_folder()` nothing else is: a key found there may be anybody's.
+    """
 
     def __init__(self, root: Path | None = None, trusted: Sequence[Path] = ()) -> None:
-        self.root = root or cache_folder()
+        self._root = root
         self.trusted = tuple(trusted)
 
+    @property
+    def root(self) -> Path:
+        """The cache's folder, which need not exist. Raises PlanError, see `cache_folder`."""
+        return self._root or cache_folder()
+
     def has(self, key: PlanKey) -> bool:
-        """Whether there is something under the key, sound or not."""
-        return (self.root / key.folder).exists()
+        """Whether there is something under the key, sound or not. Raises PlanError where that cannot be told."""
+        with _reaching(self.root / key.folder, "read") as folder:
+            return folder.exists()
+
+    def prepare(self, key: PlanKey) -> None:
+        """Make this machine's key, and see that a plan can be kept. Raises PlanError, SignatureError."""
+        machine_tag(b"", self.root)
+        with _reaching(self.root / key.folder, "written") as folder:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder.parent):
+                pass
 
     def load(self, key: PlanKey) -> CachedPlan:
         """The plan of a key. Raises PlanError, see `read`."""
@@ -250,10 +271,11 @@ class PlanCache:
         Raises PlanError saying why it may not be used: missing, vouched for by nobody, damaged, or
         moved from where its key belongs.
         """
+        root = self.root  # first: without a cache, that is the reason
         data = _bytes(folder / _RECORD, _RECORD_BYTES)
         self._vouched(folder, data)
         record = _record(data, folder)
-        if folder != self.root / record.key.folder:
+        if folder != root / record.key.folder:
             raise PlanError(f"{folder} holds the plan of another key: {record.key.folder}")
         timings = b"" if record.timing_cache is None else _verified(folder / _TIMINGS, record.timing_cache)
         return CachedPlan(folder, record, _verified(folder / _PLAN, record.plan), timings)
@@ -263,9 +285,16 @@ class PlanCache:
         refusals = []
         if (folder / _TAG).exists():
             try:
-                if machine_tag_matches(record, _bytes(folder / _TAG, 64).decode("latin-1"), self.root):
+                own = cache_folder()  # and no other: whoever made a plan elsewhere made the key beside it too
+                if os.path.realpath(self.root) != os.path.realpath(own):
+                    refusals.append(
+                        f"{_TAG} counts only in this machine's own cache, {own}: "
+                        f"elsewhere a trusted {_SIGNATURE} must vouch (--require-signature)"
+                    )
+                elif machine_tag_matches(record, _bytes(folder / _TAG, 64).decode("latin-1"), own):
                     return
-                refusals.append(f"{_TAG} is not this machine's tag of {_RECORD}")
+                else:
+                    refusals.append(f"{_TAG} is not this machine's tag of {_RECORD}")
             except BundleError as error:
                 refusals.append(str(error))
         if (folder / _SIGNATURE).exists():
@@ -276,9 +305,18 @@ class PlanCache:
         raise PlanError(f"{folder}: {'; '.join(refusals) or f'neither {_TAG} nor {_SIGNATURE} is there'}")
 
     def folders(self, bundle: Bundle) -> list[Path]:
-        """The folders that hold plans of a bundle, sound or not, by name."""
-        made_of_it = self.root / "plans" / bundle.sha256
-        return sorted(path for path in made_of_it.glob("[!.]*") if path.is_dir())
+        """The folders that hold plans of a bundle, sound or not, by name.
+
+        Where they cannot be listed, the one that they would be in: `read` refuses it with the reason.
+        """
+        made_of_it = Path("plans", bundle.sha256)
+        try:
+            made_of_it = self.root / made_of_it
+            return sorted(path for path in made_of_it.iterdir() if path.name[0] != "." and path.is_dir())
+        except FileNotFoundError:
+            return []
+        except (OSError, PlanError):
+            return [made_of_it]
 
     def timings(self, key: PlanKey) -> bytes:
         """The largest timing cache of the same runtime, version and GPU, of any network; empty where there is none."""
@@ -315,10 +353,21 @@ class PlanCache:
 
 
 def cache_folder() -> Path:
-    """Where compiled plans, this machine's key and unfinished calibrations are kept: `$THORAXRT_CACHE`, else XDG's."""
+    """Where compiled plans, this machine's key and unfinished calibrations are kept: `$THORAXRT_CACHE`, else XDG's.
+
+    Raises PlanError for a user without a home folder, as in a container, who names neither.
+    """
     if named := os.environ.get("THORAXRT_CACHE"):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thoraxrt"
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches, "thoraxrt")
+    try:
+        return Path.home() / ".cache" / "thoraxrt"
+    except RuntimeError as error:
+        raise PlanError(
+            f"there is no place for compiled plans and unfinished calibrations: user {os.geteuid()} has no home folder; "
+            "name a place with THORAXRT_CACHE"
+        ) from error
 
 
 def _entry(data: bytes) -> FileEntry:
@@ -336,7 +385,7 @@ def _files(cached: CachedPlan) -> dict[str, bytes]:
 
 def _bytes(path: Path, largest: int) -> bytes:
     try:
-        return read_bounded(path, largest, "compile the plan again")
+        return read_bounded(path, largest, "compile the plan again, or name another place with THORAXRT_CACHE")
     except BundleError as error:
         raise PlanError(str(error)) from error
 
@@ -365,7 +414,7 @@ def _verified(path: Path, entry: FileEntry) -> bytes:
 
 def _publish(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write the files beside `folder`, then let them appear under its name at once, in place of what was there."""
-    try:
+    with _reaching(folder, "written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
@@ -379,9 +428,16 @@ def _publish(folder: Path, files: Mapping[str, bytes]) -> None:
         finally:
             shutil.rmtree(made, ignore_errors=True)
         _remove_dead(folder.parent)
+
+
+@contextlib.contextmanager
+def _reaching(folder: Path, done: str) -> Iterator[Path]:
+    """Translate what the file system says of a plan's folder. Raises PlanError."""
+    try:
+        yield folder
     except OSError as error:
         raise PlanError(
-            f"{folder} cannot be written: {error.strerror}; name another place with THORAXRT_CACHE"
+            f"{folder} cannot be {done}: {error.strerror}; name another place with THORAXRT_CACHE"
         ) from error
 
 

@@ -87,7 +87,9 @@ def machine_tag(data: bytes, folder: Path) -> str:
     try:
         _make_machine_key(folder)
     except OSError as error:
-        raise SignatureError(f"{folder / _MACHINE_KEY} cannot be made: {error.strerror}") from error
+        raise SignatureError(
+            f"{folder / _MACHINE_KEY} cannot be made: {error.strerror}; name another place with THORAXRT_CACHE"
+        ) from error
     return hmac.digest(_machine_key(folder), data, "sha256").hex()
 
 

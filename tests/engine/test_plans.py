@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -31,13 +32,21 @@ from thoraxrt.engine.backends.tensorrt import (
     installed_flavour,
 )
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.engine.errors import BackendUnavailableError, BundleError, PlanError, RequestError
+from thoraxrt.engine.errors import (
+    BackendError,
+    BackendUnavailableError,
+    BundleError,
+    PlanError,
+    RequestError,
+    SignatureError,
+)
 from thoraxrt.engine.plans import (
     CachedPlan,
     Compiled,
     Machine,
     PlanCache,
     PlanKey,
+    cache_folder,
     compile_plans,
     misfit,
     plan_key,
@@ -84,12 +93,22 @@ class Filled:
 
 
 @pytest.fixture(scope="module")
-def compiled(sample_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Filled:
+def compiled(sample_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
+    """This machine's cache, while no test names another."""
     cache = PlanCache(tmp_path_factory.mktemp("cache"))
     (done,) = compile_plans(sample_bundle, ["fp16"], SM86, cache)
     files = {path.name: path.read_bytes() for path in done.cached.folder.iterdir()}
     assert set(files) == {"engine.plan", "plan.json", "plan.tag"}
-    return Filled(cache, done.cached, files)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THORAXRT_CACHE", str(cache.root))
+        yield Filled(cache, done.cached, files)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanCache:
+    """An empty cache that is this machine's."""
+    monkeypatch.setenv("THORAXRT_CACHE", str(tmp_path))
+    return PlanCache()
 
 
 @pytest.fixture
@@ -233,14 +252,55 @@ def test_a_plan_moved_to_another_key_or_bundle_is_refused(filled: Filled) -> Non
         shutil.rmtree(filled.cache.root / other.folder)
 
 
-def test_another_machines_plan_is_compiled_again(filled: Filled, sample_bundle: Bundle, tmp_path: Path) -> None:
-    cache = PlanCache(tmp_path)
-    shutil.copytree(filled.plan.folder, tmp_path / filled.plan.record.key.folder)
+def test_another_machines_plan_is_compiled_again(filled: Filled, sample_bundle: Bundle, own_cache: PlanCache) -> None:
+    shutil.copytree(filled.plan.folder, own_cache.root / filled.plan.record.key.folder)
     with pytest.raises(PlanError, match="not this machine's tag"):
-        cache.load(filled.plan.record.key)
-    again = only(compile_plans(sample_bundle, ["fp16"], SM86, cache))
+        own_cache.load(filled.plan.record.key)
+    again = only(compile_plans(sample_bundle, ["fp16"], SM86, own_cache))
     assert "plan.tag is not this machine's" in str(again.reason)
-    assert cache.load(filled.plan.record.key).plan == filled.plan.plan
+    assert own_cache.load(filled.plan.record.key).plan == filled.plan.plan
+
+
+@pytest.fixture
+def theirs(sample_bundle: Bundle, tmp_path: Path) -> CachedPlan:
+    """What a stranger sends: a cache with any bytes as a plan that Triton could run, and the key that vouches for it."""
+    key = msgspec.structs.replace(KEY, manifest_sha256=sample_bundle.sha256)
+    return PlanCache(tmp_path / "theirs").store(key, Plan(b"theirs", None, LayerTypes(convolutions={}, layers={})))
+
+
+def test_a_key_that_comes_with_a_plan_vouches_for_nothing(
+    theirs: CachedPlan, sample_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THORAXRT_CACHE", str(tmp_path / "ours"))
+    with pytest.raises(PlanError, match=r"plan\.tag counts only in this machine's own cache, .*ours"):
+        PlanCache(tmp_path / "theirs").load(theirs.record.key)
+    (tmp_path / "innocent").symlink_to("theirs")
+    for root in ("theirs", "innocent"):
+        folder = tmp_path / root / theirs.record.key.folder
+        arguments = ("export-triton", sample_bundle.path, tmp_path / "models", "--plan", folder)
+        refused = thoraxrt(tmp_path / "ours", *arguments, status=2)
+        assert "elsewhere a trusted plan.sig must vouch (--require-signature)" in refused.stderr
+    assert not (tmp_path / "models").exists()
+    thoraxrt(tmp_path / "theirs", *arguments)  # the same folder as this machine's cache, by its real path
+    assert (tmp_path / "models" / "sample" / "1" / "model.plan").read_bytes() == b"theirs"
+
+
+def test_a_plan_from_elsewhere_is_taken_with_a_trusted_signature(
+    theirs: CachedPlan, sample_bundle: Bundle, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = signed(sample_bundle, tmp_path / "sample.bundle", keys)
+    folder = PlanCache(tmp_path / "shipped").ship(theirs, keys["ours.key"])
+    shutil.copyfile(theirs.folder / "plan.tag", folder / "plan.tag")  # and a tag beside it does no harm
+    arguments = ("export-triton", bundle, tmp_path / "models", "--plan", folder, "--require-signature")
+    assert "no key in" in thoraxrt(tmp_path / "ours", *arguments, keys["theirs.pem"], status=2).stderr
+    thoraxrt(tmp_path / "ours", *arguments, keys["ours.pem"])
+    assert (tmp_path / "models" / "sample" / "1" / "model.plan").read_bytes() == b"theirs"
+
+
+def signed(bundle: Bundle, copy: Path, keys: dict[str, Path]) -> Path:
+    shutil.copytree(bundle.path, copy)
+    (copy / "manifest.sig").write_bytes(sign((copy / "manifest.json").read_bytes(), keys["ours.key"]))
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -279,11 +339,11 @@ def test_a_signed_plan_is_taken_only_where_its_key_is_trusted(
         cache.load(filled.plan.record.key)
 
 
-def test_writers_and_readers_at_once_never_mix_plans(tmp_path: Path) -> None:
-    cache = PlanCache(tmp_path)
+def test_writers_and_readers_at_once_never_mix_plans(own_cache: PlanCache) -> None:
+    cache = own_cache
     layers = LayerTypes(convolutions={}, layers={})
     contents = [bytes([number]) * 5000 for number in range(4)]
-    machine_tag(b"", tmp_path)  # made before the race, which is not about keys
+    machine_tag(b"", cache.root)  # made before the race, which is not about keys
     seen, failures = [], []
 
     def write(data: bytes) -> None:
@@ -307,7 +367,7 @@ def test_writers_and_readers_at_once_never_mix_plans(tmp_path: Path) -> None:
     for plan in [*seen, cache.load(KEY)]:
         assert plan.plan in contents
         assert plan.timing_cache == plan.plan[:9]
-    assert [path.name for path in (tmp_path / KEY.folder).parent.iterdir()] == [KEY.folder.name]
+    assert [path.name for path in (cache.root / KEY.folder).parent.iterdir()] == [KEY.folder.name]
 
 
 def test_what_a_killed_writer_left_goes_after_an_hour(tmp_path: Path) -> None:
@@ -321,8 +381,8 @@ def test_what_a_killed_writer_left_goes_after_an_hour(tmp_path: Path) -> None:
     assert [folder.exists() for folder in left] == [False, True]
 
 
-def test_timings_are_kept_and_start_the_next_build_of_the_same_gpu(tmp_path: Path) -> None:
-    cache = PlanCache(tmp_path)
+def test_timings_are_kept_and_start_the_next_build_of_the_same_gpu(own_cache: PlanCache) -> None:
+    cache = own_cache
     layers = LayerTypes(convolutions={}, layers={})
     assert cache.timings(KEY) == b""
     cache.store(KEY, Plan(b"plan", b"short", layers))
@@ -342,6 +402,33 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     plan = Plan(b"plan", None, LayerTypes(convolutions={}, layers={}))
     with pytest.raises(PlanError, match=r"cannot be written: .*THORAXRT_CACHE"):
         PlanCache(tmp_path).store(KEY, plan)
+
+
+def spoilt(sample_bundle: Bundle, path: Path) -> Bundle:
+    """A sound bundle whose FP16 graph no builder takes."""
+    shutil.copytree(sample_bundle.path, path)
+    graph, manifest = b"no graph", json.loads((path / "manifest.json").read_bytes())
+    manifest["files"]["model.fp16.onnx"] = {"sha256": hashlib.sha256(graph).hexdigest(), "size": len(graph)}
+    for name, data in (("model.fp16.onnx", graph), ("manifest.json", json.dumps(manifest).encode())):
+        (path / name).unlink()
+        (path / name).write_bytes(data)
+    return Bundle.open(path)
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_a_plan_is_built(sample_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = spoilt(sample_bundle, tmp_path / "spoilt.bundle")
+    with pytest.raises(BackendError):  # what building it says
+        only(compile_plans(bundle, ["fp16"], SM86, PlanCache(tmp_path / "cache")))
+    assert [path.name for path in (tmp_path / "cache" / "plans" / bundle.sha256).iterdir()] == []
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        SignatureError, match=r"machine\.key cannot be made: .*; name another place with THORAXRT_CACHE$"
+    ):
+        only(compile_plans(bundle, ["fp16"], SM86, PlanCache(tmp_path / "file")))
+    shutil.rmtree(tmp_path / "cache" / "plans")
+    (tmp_path / "cache" / "plans").write_text("in the way")
+    with pytest.raises(PlanError, match=r"cannot be written: .*; name another place with THORAXRT_CACHE$"):
+        only(compile_plans(bundle, ["fp16"], SM86, PlanCache(tmp_path / "cache")))
 
 
 def test_a_damaged_graph_is_never_compiled(sample_bundle: Bundle, tmp_path: Path) -> None:
@@ -409,13 +496,62 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert PlanCache().root == tmp_path / "here"
 
 
-def thoraxrt(cache: Path, *arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+def test_without_a_home_folder_the_commands_name_the_remedy(
+    sample_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("THORAXRT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "~")  # as for a user without HOME and without a line in /etc/passwd
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlanError, match="has no home folder; name a place with THORAXRT_CACHE"):
+        cache_folder()
+    assert "THORAXRT_CACHE" in thoraxrt(None, "compile", sample_bundle.path, "--target", "sm86", status=2).stderr
+    (place,) = PlanCache().folders(sample_bundle)  # as `info` asks, which shows the reason in its table of plans
+    with pytest.raises(PlanError, match="has no home folder; name a place with THORAXRT_CACHE"):
+        PlanCache().read(place)
+    thoraxrt(None, "export-triton", sample_bundle.path, "models")
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_cache_that_may_not_be_read_is_named_with_the_remedy_and_the_rest_is_shown(
+    level: int, sample_bundle: Bundle, theirs: CachedPlan, tmp_path: Path
+) -> None:
+    locked = theirs.folder.parents[level]  # the bundle's folder, plans, the cache itself
+    locked.chmod(0o000)
+    try:
+        said = reasons(sample_bundle, tmp_path / "theirs")
+    finally:
+        locked.chmod(0o755)
+    assert all("cannot be read: Permission denied" in reason for reason in said)
+
+
+def test_a_cache_that_is_no_folder_is_named_with_the_remedy_and_the_rest_is_shown(sample_bundle: Bundle) -> None:
+    assert all(os.devnull in reason for reason in reasons(sample_bundle, Path(os.devnull)))
+
+
+def reasons(bundle: Bundle, cache: Path) -> list[str]:
+    """What `info`, which shows the rest, and `compile`, which cannot go on, say of a cache without use."""
+    facts = json.loads(thoraxrt(cache, "info", bundle.path, "--json", weak=True).stdout)
+    (plan,), line = facts["plans"], thoraxrt(cache, "compile", bundle.path, "--target", "sm86", status=2, weak=True)
+    assert facts["sha256"] == bundle.sha256
+    assert "THORAXRT_CACHE" in thoraxrt(cache, "info", bundle.path, weak=True).stdout
+    said = [plan["reason"], line.stderr.strip()]
+    assert all(reason.endswith("name another place with THORAXRT_CACHE") for reason in said)
+    return said
+
+
+def thoraxrt(
+    cache: Path | None, *arguments: str | Path, status: int = 0, weak: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a command. `weak`: without root's power to read and write whatever the mode."""
+    powers = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if weak and os.geteuid() == 0 else []
     result = subprocess.run(
-        [sys.executable, "-m", "thoraxrt.cli", *map(str, arguments)],
+        [*powers, sys.executable, "-m", "thoraxrt.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "COLUMNS": "250", "THORAXRT_CACHE": str(cache)},
+        env={**os.environ, "COLUMNS": "250"} | ({"THORAXRT_CACHE": str(cache)} if cache else {}),
     )
     assert result.returncode == status, result.stderr
     return result
@@ -439,9 +575,7 @@ def test_the_commands_compile_sign_and_tell(
     assert refused["folder"] == str(filled.plan.folder)
     assert "plan.tag is not this machine's" in refused["reason"]
     assert (sound["precision"], sound["targets"], sound["batches"]) == ("fp32", ["sm86"], [1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THORAXRT_CACHE", str(filled.cache.root))
-        fp32 = PlanCache().read(Path(sound["folder"]))
+    fp32 = PlanCache().read(Path(sound["folder"]))
     assert sound["reason"] == misfit(fp32.record.key, this_machine())
     text = thoraxrt(filled.cache.root, "info", sample_bundle.path).stdout
     assert filled.plan.folder.name in text
@@ -451,9 +585,7 @@ def test_the_commands_compile_sign_and_tell(
 def test_a_required_signature_vouches_for_shipped_plans_too(
     filled: Filled, sample_bundle: Bundle, keys: dict[str, Path], tmp_path: Path
 ) -> None:
-    bundle = tmp_path / "signed.bundle"
-    shutil.copytree(sample_bundle.path, bundle)
-    (bundle / "manifest.sig").write_bytes(sign((bundle / "manifest.json").read_bytes(), keys["ours.key"]))
+    bundle = signed(sample_bundle, tmp_path / "signed.bundle", keys)
     PlanCache(tmp_path / "edge").ship(filled.plan, keys["ours.key"])
     for arguments, vouched in (([], False), (["--require-signature", keys["ours.pem"]], True)):
         (plan,) = json.loads(thoraxrt(tmp_path / "edge", "info", bundle, "--json", *arguments).stdout)["plans"]
