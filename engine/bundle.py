@@ -43,7 +43,7 @@ __all__ = [
 
 MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _MANIFEST_BYTES: Final = 16 << 20
 """No manifest is larger: a real one has some 10 kB, and 64 for each image that INT8 was calibrated on."""

@@ -66,8 +66,8 @@ def test_a_missing_graph(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("schema_version", 2, "schema version 2; this thoraxrt reads 1: update thoraxrt"),
-        ("schema_version", 0, "schema version 0; this thoraxrt reads 1: export the bundle again"),
+        ("schema_version", 3, "schema version 3; this thoraxrt reads 2: update thoraxrt"),
+        ("schema_version", 1, "schema version 1; this thoraxrt reads 2: export the bundle again"),
         ("schema_version", "one", "damaged"),
         ("surprise", 1, "unknown field `surprise`"),
         ("labels", ["Mass"], "operating_points must name the labels"),
