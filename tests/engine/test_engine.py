@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -298,3 +299,11 @@ def test_two_builds_of_onnxruntime_are_detected(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BackendUnavailableError, match="onnxruntime and onnxruntime-gpu are both installed"):
         Engine.open(sample_bundle, backend="onnxruntime")
+
+
+def test_openvino_reports_to_nobody_and_needs_no_home() -> None:
+    code = (
+        "import sys; from thoraxrt.engine.backends.openvino import precisions; assert precisions()['fp32'] is None\n"
+        "sys.exit(any(name.startswith('openvino_telemetry.') for name in sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PATH": os.environ["PATH"], "HOME": ""})

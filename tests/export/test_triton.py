@@ -176,7 +176,10 @@ def test_a_label_that_labels_txt_cannot_hold(sample_bundle: Bundle, tmp_path: Pa
         triton_from_bundle(Bundle.open(tmp_path / "x.bundle"), tmp_path)
 
 
-def test_the_command_takes_a_plan_from_a_cache(sample_bundle: Bundle, tmp_path: Path) -> None:
+def test_the_command_takes_a_plan_from_this_machines_cache(
+    sample_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THORAXRT_CACHE", str(tmp_path / "cache"))
     plan = plan_of(sample_bundle, PlanCache(tmp_path / "cache"), buckets=(1, 8))
     arguments = ["export-triton", str(sample_bundle.path), str(tmp_path / "models"), "--plan", str(plan.folder)]
     assert CliRunner().invoke(app, arguments).exit_code == 0
