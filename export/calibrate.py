@@ -327,7 +327,8 @@ def histograms(
             total[name] = total[name].merged(histogram) if name in total else histogram
         if number % _SAVE_EVERY == 0:
             _save(state, number, total)
-    state.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there may be none, or no folder for any
+        state.unlink()
     return total
 
 

@@ -34,7 +34,7 @@ from thoraxrt.export.sensitivity import Inputs, choose_layers, choose_method, lo
 
 __all__ = ["RANGES", "Choice", "Int8", "Ranges", "int8_by_measurement", "int8_from_file", "int8_from_ranges"]
 
-Choice = Literal["best", "minmax", "percentile", "entropy", "mse"]
+Choice = Literal["best", Method]
 """A calibration method, or the one that moves logits least."""
 
 RANGES: Final = "ranges.json"
@@ -88,8 +88,8 @@ def int8_by_measurement(
 ) -> Int8:
     """Quantise a served FP32 graph: ranges from one part of the images, method and float layers from another.
 
-    An interrupted calibration goes on from what it left in the folder
-    `unfinished`. Raises DatasetError for unusable images, RequestError where nothing can be quantised.
+    An interrupted calibration goes on from what it left in the folder `unfinished`. Raises DatasetError
+    for unusable images, RequestError where nothing can be quantised.
     """
     layers = quantisable_layers(model)
     tensors = sorted(set(layers.values()))

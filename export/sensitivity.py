@@ -154,7 +154,8 @@ def choose_layers(
         middle = (low + high) // 2
         low, high = (low, middle) if meets(middle) else (middle, high)
     kept, chosen = [cost.layer for cost in costs[:high]], curve[high]
-    for layer in reversed(kept[:-1]):  # without the last one the bar was not met
+    spare = kept[-2::-1]  # but the last: without it the bar was not met
+    for layer in track(spare, "Giving layers back", len(spare)):
         tried = without(fewer := [name for name in kept if name != layer])
         if tried.meets_bar:
             kept, chosen = fewer, tried
