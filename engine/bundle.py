@@ -169,7 +169,8 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     """`manifest.json`: everything about a bundle but its weights.
 
     `labels`, `network.bias` and `operating_points` share one order. `checks`, `agreement` and
-    `kept_in_fp32` are keyed by precision, `files` by name. `kept_in_fp32` names the graph's nodes that
+    `kept_in_fp32` are keyed by precision, `files` by name. `assumed` names what neither the model's file
+    nor the user said, for which the CheXNet recipe stands. `kept_in_fp32` names the graph's nodes that
     measurement kept in FP32 at a lower precision. `skew` is None where no other geometry than this
     one is known to have been trained with.
     """
@@ -183,6 +184,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     operating_points: tuple[OperatingPoint, ...]
     checks: dict[str, Check]
     normalisation: Folded | None = None
+    assumed: tuple[str, ...] = ()
     skew: Skew | None = None
     calibration: Calibration | None = None
     agreement: dict[str, Agreement] = {}

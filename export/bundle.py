@@ -143,6 +143,7 @@ def export_bundle(
         operating_points=operating_points,
         checks=checks,
         normalisation=Folded(mean=source.normalisation.mean, std=source.normalisation.std),
+        assumed=source.assumed,
         skew=skew,
         calibration=graphs.int8.ranges.calibration if graphs.int8 else None,
         agreement=graphs.agreement,

@@ -26,6 +26,7 @@ import onnx
 import onnxruntime
 from onnxruntime.quantization.calibrate import HistogramCollector
 
+from thoraxrt.engine.bundle import MANIFEST
 from thoraxrt.engine.decode import decode
 from thoraxrt.engine.engine import image_files, read_image
 from thoraxrt.engine.errors import CheckpointError, DatasetError, ImageError
@@ -124,6 +125,10 @@ def parts_from_path(path: Path) -> Parts:
 
     Raises DatasetError where the folder or list cannot be read or leaves a part fewer than 8 images.
     """
+    if (path / MANIFEST).exists():
+        raise DatasetError(
+            f"{path} is a bundle, and holds no radiographs; to take its ranges name {path / 'ranges.json'}"
+        )
     if path.is_dir() and is_nih_layout(path):
         parts, split = _nih_parts(path), "NIH's lists: train_val by patient, 60 % and 40 %; test"
     else:

@@ -64,7 +64,8 @@ class Source:
     """A model ready to be exported.
 
     `graph`: `image` uint8 `(batch, 1, S, S)` to float32 `logits` and `cam`. `bias` float32 `(C,)`, the
-    classifier's. `labels` None where nobody named the outputs.
+    classifier's. `labels` None where nobody named the outputs. `assumed` names what neither the user nor
+    the file says, for which the CheXNet recipe stands.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Source:
     preprocess: PreprocessSpec
     normalisation: Normalisation
     trained_with: TrainedWith | None
+    assumed: tuple[str, ...]
 
 
 def read_source(path: str | Path, given: Given) -> Source:
@@ -112,6 +114,12 @@ def _from_checkpoint(path: Path, given: Given) -> Source:
         normalisation=normalisation,
         # A geometry that the user states is the one to be served: only his own word says that training's was another.
         trained_with=given.trained_with or (None if given.preprocess else checkpoint.trained_with),
+        assumed=_unsaid(
+            labels=given.labels or checkpoint.labels,
+            activation=given.activation or points,
+            normalisation=given.normalisation or checkpoint.normalisation,
+            geometry=given.preprocess or checkpoint.preprocess,
+        ),
     )
 
 
@@ -144,7 +152,17 @@ def _from_onnx(
         preprocess=preprocess,
         normalisation=normalisation,
         trained_with=given.trained_with,
+        assumed=_unsaid(
+            labels=given.labels,
+            activation=given.activation or served.activation,
+            normalisation=given.normalisation,
+            geometry=given.preprocess,
+        ),
     )
+
+
+def _unsaid(**said: object) -> tuple[str, ...]:
+    return tuple(name for name, value in said.items() if value is None)
 
 
 def _sha256(path: Path) -> str:

@@ -197,3 +197,13 @@ def test_usage_bundle_and_checkpoint_errors_are_one_line_and_status_2(
 
 def test_an_unknown_option_is_status_2() -> None:
     assert "No such option" in thoraxrt("info", "--frobnicate", status=2).stderr
+
+
+def test_a_missing_extra_is_one_line_that_names_it(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['onnx'] = None; sys.argv = ['thoraxrt', 'export', 'a.pth', '--out', 'a.bundle']; "
+    code += "from thoraxrt.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "onnx is not installed" in line
+    assert "pip install 'thoraxrt[cpu,export,bench]'" in line

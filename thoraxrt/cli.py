@@ -20,7 +20,7 @@ from thoraxrt.engine.errors import RequestError, ThoraxrtError
 
 if TYPE_CHECKING:
     from thoraxrt.engine.backends.tensorrt import PlanOptions
-    from thoraxrt.engine.bundle import Agreement, Bundle
+    from thoraxrt.engine.bundle import Agreement, Bundle, Manifest
     from thoraxrt.engine.engine import Prediction
     from thoraxrt.engine.plans import Compiled
     from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
@@ -64,6 +64,14 @@ def main() -> None:
         app()
     except ThoraxrtError as error:
         sys.exit(_complain(str(error)))
+    except ModuleNotFoundError as error:  # an extra that is not installed
+        if (error.name or "thoraxrt").startswith("thoraxrt"):
+            raise
+        sys.exit(
+            _complain(
+                f"{error.name} is not installed, which this command needs: pip install 'thoraxrt[cpu,export,bench]'"
+            )
+        )
     except BrokenPipeError:  # the reader of our output has gone, `| head` say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -266,7 +274,12 @@ def _show_export(bundle: Bundle) -> None:
         )
     if folded := manifest.normalisation:
         print(
-            f"folded into the network: mean {folded.mean}, std {folded.std} of pixels in 0..1; {_preprocess_text(manifest.preprocess)}"
+            f"{_preprocess_text(manifest.preprocess)}; mean {folded.mean} and std {folded.std} of pixels in 0..1 folded into "
+            f"the network; activation {_activation_text(manifest)}"
+        )
+    if manifest.assumed:
+        print(
+            f"ASSUMED, since neither the file nor an option says so: {', '.join(manifest.assumed)} (the CheXNet recipe)"
         )
     if skew := manifest.skew:
         print(
@@ -532,7 +545,9 @@ def _images(arguments: list[str]) -> list[str]:
         else:
             images.append(argument)
     if not images:
-        raise RequestError("no image named: expected PNG, JPEG or DICOM files, or folders that hold some")
+        raise RequestError(
+            "no image named: expected a bundle (or --server), then PNG, JPEG or DICOM files, or folders that hold some"
+        )
     return images
 
 
@@ -648,6 +663,7 @@ def info(
     import msgspec
 
     from thoraxrt.engine.backends import available, backend_names
+    from thoraxrt.engine.bundle import SIGNATURE
 
     opened = _open(bundle, require_signature)
     opened.verify()
@@ -657,7 +673,12 @@ def info(
         facts = {"bundle": str(bundle), "sha256": opened.sha256, "manifest": manifest, "backends": backends}
         print(json.dumps({**facts, "plans": list(_plans(opened, require_signature))}))
         return
-    _show_info(opened, backends, _plans(opened, require_signature))
+    signed = "none"
+    if require_signature:
+        signed = f"by a key of {require_signature}"
+    elif (opened.path / SIGNATURE).exists():
+        signed = "there, not checked: --require-signature KEYS does"
+    _show_info(opened, backends, _plans(opened, require_signature), signed)
 
 
 def _plans(bundle: Bundle, require_signature: Path | None) -> Iterator[dict[str, Any]]:
@@ -684,7 +705,9 @@ def _plans(bundle: Bundle, require_signature: Path | None) -> Iterator[dict[str,
         yield dict(zip(plan, (str(folder), *facts), strict=True)) | {"reason": misfit(record.key, machine)}
 
 
-def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]], plans: Iterable[dict[str, Any]]) -> None:
+def _show_info(
+    bundle: Bundle, backends: dict[str, dict[str, str | None]], plans: Iterable[dict[str, Any]], signed: str
+) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -697,12 +720,13 @@ def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]], plans
         "network", f"{manifest.network.name}, CAM {manifest.network.cam_height} x {manifest.network.cam_width}"
     )
     facts.add_row("manifest sha256", bundle.sha256)
+    facts.add_row("signature", signed)
     facts.add_row("checkpoint sha256", manifest.network.checkpoint_sha256)
     facts.add_row("preprocess", _preprocess_text(manifest.preprocess))
     facts.add_row("boxes", f"threshold {manifest.boxes.threshold:.3f}")
     if folded := manifest.normalisation:
         facts.add_row("normalisation", f"mean {folded.mean}, std {folded.std} of pixels in 0..1, folded in")
-    facts.add_row("activation", str(type(manifest.activation).__struct_config__.tag))
+    facts.add_row("activation", _activation_text(manifest))
     if skew := manifest.skew:
         facts.add_row(
             "trained with",
@@ -717,6 +741,8 @@ def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]], plans
             f"{calibration.quantised} of {calibration.layers} convolutions, {calibration.method} ranges; {counts} "
             f"({calibration.split})",
         )
+    if manifest.assumed:
+        facts.add_row("assumed", f"{', '.join(manifest.assumed)}: nobody said; the CheXNet recipe's")
     facts.add_row("recommended", str(manifest.recommended or "none: fp32 on the first backend that can"))
     facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()))
     console.print(facts)
@@ -734,7 +760,9 @@ def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]], plans
         files.add_row(name, f"{entry.size / 1e6:.1f}", entry.sha256[:16])
     console.print(files)
 
-    if manifest.agreement:
+    if not manifest.agreement:
+        console.print("[dim]agreement with fp32 not measured; `thoraxrt export --calibrate FOLDER` does")
+    else:
         close = Table("precision", "mean error", "99th percentile", "rank correlation", "AUROC", "meets the bar")
         close.title, close.caption = "Agreement with FP32", "errors: absolute differences of probabilities"
         for name, agreement in manifest.agreement.items():
@@ -757,6 +785,10 @@ def _show_info(bundle: Bundle, backends: dict[str, dict[str, str | None]], plans
         fits = "[green]yes" if plan["reason"] is None else f"no: {escape(plan['reason'])}"
         cached.add_row(escape(Path(plan["folder"]).name), batches, size, fits)
     console.print(cached if cached.row_count else "[dim]no plan in the cache; `thoraxrt compile` makes some")
+
+
+def _activation_text(manifest: Manifest) -> str:
+    return str(type(manifest.activation).__struct_config__.tag)
 
 
 def _preprocess_text(spec: PreprocessSpec) -> str:

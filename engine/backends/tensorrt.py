@@ -107,7 +107,9 @@ class LayerTypes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     layers: dict[str, int]
 
     def __str__(self) -> str:
-        return "convolutions: " + ", ".join(f"{count} {name}" for name, count in self.convolutions.items())
+        return "convolutions by the graph's types: " + ", ".join(
+            f"{count} {name}" for name, count in self.convolutions.items()
+        )
 
 
 class Plan(NamedTuple):

@@ -102,7 +102,7 @@ def test_convolutions_are_counted_by_the_type_they_compute_in(sample_bundle: Bun
     assert half.layers["CONVOLUTION HALF -> HALF"] == count - 1
     quantised = layer_types_from_onnx(quantised_graph().SerializeToString())
     assert quantised.convolutions == {"fp32": 1, "int8": 1}
-    assert str(quantised) == "convolutions: 1 fp32, 1 int8"
+    assert str(quantised) == "convolutions by the graph's types: 1 fp32, 1 int8"
     assert quantised.layers["QUANTIZE FLOAT, FLOAT, FLOAT -> INT8"] == 1
 
 

@@ -113,6 +113,12 @@ def test_lists_that_are_none_are_refused_without_their_bytes(folder: Path, tmp_p
         parts_from_path(tmp_path / "list.txt")
 
 
+def test_a_bundle_is_no_folder_of_radiographs(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(DatasetError, match=r"ranges\.json"):
+        parts_from_path(tmp_path)
+
+
 def test_a_path_that_is_not_there_and_a_file_that_is_no_radiograph_are_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="nowhere"):
         parts_from_path(tmp_path / "nowhere")

@@ -93,6 +93,7 @@ def test_a_lightning_checkpoint(images: Path, tmp_path: Path) -> None:
     bundle = exported(tmp_path / "last.ckpt", images, Given(preprocess=TINY))
     assert_answers_as(bundle, network, IMAGENET)
     assert bundle.manifest.activation == Sigmoid()
+    assert bundle.manifest.assumed == ("labels", "activation", "normalisation")
 
 
 def test_a_hugging_face_folder_says_labels_normalisation_and_geometry(images: Path, tmp_path: Path) -> None:
@@ -122,6 +123,7 @@ def test_torchxrayvision_weights_say_everything(images: Path, tmp_path: Path) ->
     assert manifest.labels == FINDINGS[:14]  # outputs without an operating point are cut off
     assert manifest.preprocess == PreprocessSpec(square=True, resize=Exact(width=224, height=224))
     assert isinstance(manifest.activation, SigmoidOpNorm)
+    assert manifest.assumed == ()
     assert manifest.activation.thresholds == pytest.approx((0.2,) * 14)
     assert manifest.skew is not None
     assert manifest.skew.trained_with == "skimage"
@@ -146,6 +148,7 @@ def test_an_onnx_file_of_somebody_else(images: Path, tmp_path: Path) -> None:
     assert_answers_as(bundle, network[0], IMAGENET)  # the softmax is cut off, and written down
     assert bundle.manifest.activation == Softmax()
     assert bundle.manifest.network.name == "theirs"
+    assert bundle.manifest.assumed == ("normalisation",)
     with Engine.open(bundle) as engine:
         assert sum(f.probability for f in engine.predict_one(images / "0.png").findings) == pytest.approx(1)
 
