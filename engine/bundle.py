@@ -65,6 +65,11 @@ class FileEntry(_Strict, frozen=True):
     sha256: _Sha256
     size: _Count
 
+    @classmethod
+    def of(cls, data: bytes) -> Self:
+        """The entry of a file with these bytes."""
+        return cls(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+
 
 class Network(_Strict, frozen=True):
     """The network: its name, CAM size in cells, and the classifier's bias per label (float32)."""
@@ -254,7 +259,7 @@ class Bundle:
         if entry is None:
             raise BundleError(f"{self.path} holds no {name}; it holds {', '.join(self.manifest.files)}")
         data = read_bounded(self.path / name, entry.size, "copy or export the bundle again")
-        if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+        if FileEntry.of(data) != entry:
             raise BundleError(
                 f"{self.path / name} is not the file that was exported ({len(data)} bytes, sha256 differs; "
                 f"the manifest says {entry.size} bytes, {entry.sha256[:12]}...); copy or export the bundle again"

@@ -333,8 +333,8 @@ class PlanCache:
         record = PlanRecord(
             schema_version=_SCHEMA_VERSION,
             key=key,
-            plan=_entry(plan.data),
-            timing_cache=None if plan.timing_cache is None else _entry(plan.timing_cache),
+            plan=FileEntry.of(plan.data),
+            timing_cache=None if plan.timing_cache is None else FileEntry.of(plan.timing_cache),
             layers=plan.layers,
         )
         cached = CachedPlan(self.root / key.folder, record, plan.data, plan.timing_cache or b"")
@@ -370,10 +370,6 @@ def cache_folder() -> Path:
         ) from error
 
 
-def _entry(data: bytes) -> FileEntry:
-    return FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-
-
 def _encoded(record: PlanRecord) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
 
@@ -404,7 +400,7 @@ def _record(data: bytes, folder: Path) -> PlanRecord:
 
 def _verified(path: Path, entry: FileEntry) -> bytes:
     data = _bytes(path, entry.size)
-    if _entry(data) != entry:
+    if FileEntry.of(data) != entry:
         raise PlanError(
             f"{path} is not the file that was compiled ({len(data)} bytes, sha256 differs; "
             f"{_RECORD} says {entry.size} bytes, {entry.sha256[:12]}...)"

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +36,7 @@ from thoraxrt.engine.bundle import (
 from thoraxrt.engine.decode import decode
 from thoraxrt.engine.engine import image_files, read_image
 from thoraxrt.engine.errors import CheckpointError, DatasetError, RequestError
-from thoraxrt.engine.plans import cache_folder
+from thoraxrt.engine.plans import PRECISIONS, cache_folder
 from thoraxrt.engine.postprocess import OperatingPoint, Softmax
 from thoraxrt.engine.preprocess import PreprocessSpec, network_input
 from thoraxrt.export import Track, no_progress
@@ -54,9 +53,7 @@ from thoraxrt.export.sensitivity import logits_from_graphs
 from thoraxrt.export.skew import measure_skew
 from thoraxrt.export.source import Given, Source, read_source
 
-__all__ = ["PRECISIONS", "ExportOptions", "export_bundle"]
-
-PRECISIONS: Final = ("fp32", "fp16", "int8")
+__all__ = ["ExportOptions", "export_bundle"]
 
 _CHECK_IMAGES: Final = 16
 _CHECK_SEED: Final = 7
@@ -150,9 +147,7 @@ def export_bundle(
         kept_in_fp32=graphs.kept_in_fp32,
         recommended=None,
         producer=_producer(),
-        files={
-            name: FileEntry(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in files.items()
-        },
+        files={name: FileEntry.of(data) for name, data in files.items()},
     )
     files[MANIFEST] = _manifest_bytes(manifest)
     publish(files, out, replace=options.replace)
@@ -285,9 +280,7 @@ def _graphs(
     if "int8" in options.precisions:
         int8 = _int8(source, labels, parts, options, track)
         kept_in_fp32["int8"] = int8.ranges.float_layers
-        if (
-            int8.ranges.calibration.quantised
-        ):  # else the bar cannot be met, as the curve shows, and there is no INT8 graph
+        if int8.ranges.calibration.quantised:  # else no choice meets the bar, as the curve shows
             models["int8"] = int8.model
     judged = _judged(models, source, labels, parts, track) if parts else {}
     return _Graphs(models=models, int8=int8, kept_in_fp32=kept_in_fp32, agreement=judged)

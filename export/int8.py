@@ -38,9 +38,10 @@ Choice = Literal["best", Method]
 """A calibration method, or the one that moves logits least."""
 
 RANGES: Final = "ranges.json"
-_LARGEST_RANGE: Final = float(np.finfo(np.float32).max)
 SENSITIVITY: Final = "sensitivity.json"
 PICTURE: Final = "sensitivity.png"
+
+_LARGEST_RANGE: Final = float(np.finfo(np.float32).max)
 
 
 class Ranges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

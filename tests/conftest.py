@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from thoraxrt.engine.backends.tensorrt import Flavour, installed_flavour
 from thoraxrt.engine.bundle import Bundle
+from thoraxrt.engine.errors import BackendUnavailableError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -53,3 +55,15 @@ def chexnet_bundle(nih: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 
     out = tmp_path_factory.mktemp("chexnet") / "chexnet.bundle"
     return export_bundle(nih / "checkpoints" / "densenet121-nih.pth.tar", out, ExportOptions(images=nih / "images"))
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Flavour:
+    """TensorRT-RTX, which compiles without a GPU."""
+    try:
+        flavour = installed_flavour()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    if flavour.name != "tensorrt_rtx":
+        pytest.skip("tensorrt is installed and would be used; these tests compile for named GPUs with tensorrt_rtx")
+    return flavour

@@ -67,14 +67,7 @@ KEY = PlanKey(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rtx() -> None:
-    try:
-        flavour = installed_flavour()
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
-    if flavour.name != "tensorrt_rtx":
-        pytest.skip("tensorrt is installed and would be used; these tests compile for named GPUs with tensorrt_rtx")
+pytestmark = pytest.mark.usefixtures("rtx")
 
 
 @dataclasses.dataclass

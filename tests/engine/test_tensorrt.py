@@ -35,18 +35,6 @@ SM86 = PlanOptions(buckets=(1, 4), targets=("sm86",))
 
 
 @pytest.fixture
-def rtx() -> Flavour:
-    """TensorRT-RTX, which compiles without a GPU."""
-    try:
-        flavour = installed_flavour()
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
-    if flavour.name != "tensorrt_rtx":
-        pytest.skip("tensorrt is installed and would be used; these tests compile for named GPUs with tensorrt_rtx")
-    return flavour
-
-
-@pytest.fixture
 def no_gpu() -> None:
     try:
         pytest.skip(f"there is a GPU here, {current_device().name}: nothing is refused for want of one")
