@@ -11,7 +11,9 @@
     ├── CheckpointError              the checkpoint cannot be read or fits no known network
     ├── DatasetError                 a data set folder does not hold what its layout promises
     ├── BackendError                 inference failed, or the runtime broke
-    │   └── BackendUnavailableError  the backend or precision cannot run on this machine
+    │   ├── BackendUnavailableError  the backend or precision cannot run on this machine
+    │   └── DeviceError              the GPU failed; what was in flight there has no answer
+    │       └── DeviceMemoryError    the GPU's memory, or page-locked host memory, is used up
     ├── RequestError                 an option or argument that makes no sense for this model
     └── ServerError                  the server could not be reached or did not answer
 
@@ -26,6 +28,8 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "DatasetError",
+    "DeviceError",
+    "DeviceMemoryError",
     "ImageContentError",
     "ImageError",
     "ImageFormatError",
@@ -84,6 +88,22 @@ class BackendError(ThoraxrtError):
 
 class BackendUnavailableError(BackendError):
     """The backend, or the asked-for precision on it, cannot run on this machine."""
+
+
+class DeviceError(BackendError):
+    """The GPU failed; what was in flight there has no answer.
+
+    `lost`: the process's context on that GPU is unusable (a sticky error, a lost device), and every
+    further call fails until it is opened again; otherwise the next batch may well succeed.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+class DeviceMemoryError(DeviceError):
+    """The GPU's memory, or page-locked host memory, is used up."""
 
 
 class RequestError(ThoraxrtError):
