@@ -31,7 +31,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from thoraxrt.engine.backends.tensorrt import (
+from thoraxrt.engine.backends.tensorrt_plan import (
     Device,
     Flavour,
     LayerTypes,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from thoraxrt.engine.backends.tensorrt import Flavour, installed_flavour
+from thoraxrt.engine.backends.tensorrt_plan import Flavour, installed_flavour
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import BackendUnavailableError
 

@@ -19,7 +19,7 @@ from thoraxrt import __version__
 from thoraxrt.engine.errors import RequestError, ThoraxrtError
 
 if TYPE_CHECKING:
-    from thoraxrt.engine.backends.tensorrt import PlanOptions
+    from thoraxrt.engine.backends.tensorrt_plan import PlanOptions
     from thoraxrt.engine.bundle import Agreement, Bundle, Manifest
     from thoraxrt.engine.engine import Prediction
     from thoraxrt.engine.plans import Compiled
@@ -361,7 +361,7 @@ def compile_bundle(
 
 
 def _plan_options(target: str | None, batch: str = "1,8,32", **options: Any) -> PlanOptions:
-    from thoraxrt.engine.backends.tensorrt import PlanOptions, installed_flavour, supported_options
+    from thoraxrt.engine.backends.tensorrt_plan import PlanOptions, installed_flavour, supported_options
 
     if not all(size.isdecimal() for size in batch.split(",")):
         raise RequestError(f"--batch {batch}: expected sizes separated by commas, 1,8,32 for example")

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thoraxrt.engine.backends.tensorrt import (
+from thoraxrt.engine.backends.tensorrt_plan import (
     Device,
     Flavour,
     LayerTypes,

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from thoraxrt.engine.backends import open_backend
-from thoraxrt.engine.backends.tensorrt import layer_types_from_onnx
+from thoraxrt.engine.backends.tensorrt_plan import layer_types_from_onnx
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import DatasetError, RequestError
 from thoraxrt.engine.postprocess import Sigmoid

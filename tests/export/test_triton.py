@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from thoraxrt.cli import app
-from thoraxrt.engine.backends.tensorrt import LayerTypes, Plan, PlanOptions
+from thoraxrt.engine.backends.tensorrt_plan import LayerTypes, Plan, PlanOptions
 from thoraxrt.engine.bundle import MANIFEST, SIGNATURE, Bundle
 from thoraxrt.engine.errors import BundleError, PlanError, RequestError
 from thoraxrt.engine.plans import CachedPlan, PlanCache, PlanKey

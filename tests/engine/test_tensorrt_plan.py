@@ -17,8 +17,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from thoraxrt.engine.backends import tensorrt
-from thoraxrt.engine.backends.tensorrt import (
+from thoraxrt.engine.backends import tensorrt_plan
+from thoraxrt.engine.backends.tensorrt_plan import (
     Device,
     Flavour,
     PlanOptions,
@@ -135,19 +135,19 @@ def test_one_plan_covers_several_gpus_and_each_bucket_adds_to_it() -> None:
 
 def test_the_configuration_is_what_the_options_say(rtx: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = rtx.module
-    parsed = tensorrt._parse(quantised_graph().SerializeToString(), rtx)
+    parsed = tensorrt_plan._parse(quantised_graph().SerializeToString(), rtx)
     options = PlanOptions(targets=("sm86", "sm120"), optimization_level=1, workspace_mib=64, strip_weights=True)
-    config = tensorrt._builder_config(parsed, options, rtx)
+    config = tensorrt_plan._builder_config(parsed, options, rtx)
     assert [config.get_compute_capability(index).name for index in range(2)] == ["SM86", "SM120"]
     assert config.num_optimization_profiles == 3
     assert config.builder_optimization_level == 1
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
     assert config.get_flag(trt.BuilderFlag.STRIP_PLAN)
     assert not config.get_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
-    monkeypatch.setattr(tensorrt, "current_device", lambda: Device("NVIDIA H100", "sm90"))
+    monkeypatch.setattr(tensorrt_plan, "current_device", lambda: Device("NVIDIA H100", "sm90"))
     here = supported_options(PlanOptions(), rtx)
     assert here.targets == ("sm90",)  # in the key, though TensorRT-RTX has no name for it
-    assert tensorrt._builder_config(parsed, here, rtx).get_compute_capability(0) == trt.ComputeCapability.CURRENT
+    assert tensorrt_plan._builder_config(parsed, here, rtx).get_compute_capability(0) == trt.ComputeCapability.CURRENT
 
 
 @pytest.mark.usefixtures("rtx")
@@ -233,7 +233,7 @@ def test_options_that_the_flavour_lacks_are_refused_by_name_before_building(
 
 def test_full_tensorrt_compiles_for_the_gpu_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     full = Flavour(None, "tensorrt", "10.3.0")
-    monkeypatch.setattr(tensorrt, "current_device", lambda: Device("NVIDIA A10", "sm86"))
+    monkeypatch.setattr(tensorrt_plan, "current_device", lambda: Device("NVIDIA A10", "sm86"))
     options = PlanOptions(version_compatible=True, hardware_compatible=True, strip_weights=True)
     assert supported_options(options, full) == msgspec.structs.replace(options, targets=("sm86",))
     assert supported_options(PlanOptions(targets=("sm86",)), full).targets == ("sm86",)
@@ -277,7 +277,7 @@ def test_the_gpu_is_asked_from_the_driver(devices: int, said: str, tmp_path: Pat
         check=True,
     )
     code = (
-        "from thoraxrt.engine.backends.tensorrt import current_device\n"
+        "from thoraxrt.engine.backends.tensorrt_plan import current_device\n"
         "from thoraxrt.engine.errors import BackendUnavailableError\n"
         "try:\n    print(current_device())\nexcept BackendUnavailableError as error:\n    print(error)"
     )
@@ -325,7 +325,7 @@ class Recorder:
 SIGNATURES = Path(__file__).with_name("tensorrt_signatures.json")
 """By version: members of classes and the first line of their documentation, read from NVIDIA's wheels
 tensorrt_cu12_bindings 10.3.0 and tensorrt_cu13_bindings 11.4.0.106 (loaded with their libraries
-stubbed); only what `thoraxrt.engine.backends.tensorrt` uses is kept."""
+stubbed); only what `thoraxrt.engine.backends.tensorrt_plan` uses is kept."""
 
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops.*:DeprecationWarning")
@@ -334,8 +334,8 @@ def test_every_call_made_to_full_tensorrt_exists_in_its_oldest_and_newest_versio
 ) -> None:
     used: set[tuple[str, str, int | None]] = set()
     full = Flavour(Recorder(rtx.module, "", used), "tensorrt", "10.3.0")
-    monkeypatch.setattr(tensorrt, "installed_flavour", lambda: full)
-    monkeypatch.setattr(tensorrt, "current_device", lambda: Device("NVIDIA A10", "sm86"))
+    monkeypatch.setattr(tensorrt_plan, "installed_flavour", lambda: full)
+    monkeypatch.setattr(tensorrt_plan, "current_device", lambda: Device("NVIDIA A10", "sm86"))
     graph = quantised_graph()
     plan = plan_from_onnx(graph.SerializeToString(), PlanOptions(hardware_compatible=True, workspace_mib=4096))
     assert plan.timing_cache is not None
@@ -345,8 +345,8 @@ def test_every_call_made_to_full_tensorrt_exists_in_its_oldest_and_newest_versio
     with pytest.raises(BackendError, match="lean"):  # as far as RTX goes
         plan_from_onnx(quantised_graph().SerializeToString(), PlanOptions(version_compatible=True))
     every_option = PlanOptions(targets=("sm86",), strip_weights=True, version_compatible=True)
-    parsed = tensorrt._parse(quantised_graph().SerializeToString(), full)
-    tensorrt._builder_config(parsed, every_option, full)
+    parsed = tensorrt_plan._parse(quantised_graph().SerializeToString(), full)
+    tensorrt_plan._builder_config(parsed, every_option, full)
 
     assert {
         ("IBuilderConfig", "set_timing_cache", 2),
