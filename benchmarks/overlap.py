@@ -17,46 +17,27 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from thoraxrt.engine.backends import Backend, NetworkOutput, available, backend_names, open_backend
+from thoraxrt.engine.backends import available, backend_names, open_backend
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import ThreadDecoder
 from thoraxrt.engine.engine import Engine
+from thoraxrt.engine.execute import HostExecutor
+from thoraxrt.engine.profile import Profile
 
-__all__ = ["BusyBackend", "main"]
+__all__ = ["main"]
 
 _IMAGES = 100
 _REPEATS = 3
 
 
-class BusyBackend:
-    """A backend that counts the seconds it is busy."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.name, self.precision = backend.name, backend.precision
-        self.busy_s = 0.0
-
-    def run(self, images: npt.NDArray[np.uint8]) -> NetworkOutput:
-        """The wrapped backend's `run`, timed."""
-        start = time.perf_counter()
-        try:
-            return self._backend.run(images)
-        finally:
-            self.busy_s += time.perf_counter() - start
-
-    def close(self) -> None:
-        """Close the wrapped backend."""
-        self._backend.close()
-
-
 def _measure(bundle: Bundle, name: str, precision: str, files: list[Path]) -> dict[str, object]:
     """Milliseconds per image, best of some repeats taken in turn."""
-    with Engine(bundle, backend := BusyBackend(open_backend(bundle, name, precision)), ThreadDecoder()) as engine:
+    backend, profile = open_backend(bundle, name, precision), Profile()
+    with Engine(bundle, HostExecutor(backend, bundle.manifest, profile), ThreadDecoder()) as engine:
         size = bundle.manifest.preprocess.input_size
         blank = np.zeros((1, 1, size, size), np.uint8)
         backend.run(blank)
@@ -64,9 +45,9 @@ def _measure(bundle: Bundle, name: str, precision: str, files: list[Path]) -> di
         for _ in range(_REPEATS):
             decoding = _seconds(lambda: [future.result() for future in [engine.submit(file) for file in files]])
             network = _seconds(lambda: [backend.run(blank) for _ in files])
-            backend.busy_s = 0.0
+            before = _busy(profile)
             whole = _seconds(lambda: sum(1 for _ in engine.predict(files)))
-            runs.append((whole, decoding, network, backend.busy_s / whole))
+            runs.append((whole, decoding, network, (_busy(profile) - before) / whole))
     whole, decoding, network, busy = min(runs)
     per_image = 1000 / len(files)
     return {
@@ -77,6 +58,11 @@ def _measure(bundle: Bundle, name: str, precision: str, files: list[Path]) -> di
         "network_alone_ms": network * per_image,
         "network_busy": busy,
     }
+
+
+def _busy(profile: Profile) -> float:
+    """Seconds of the network so far."""
+    return sum(stage.seconds for stage in profile.stages() if stage.stage == "network")
 
 
 def _seconds(work: Callable[[], object]) -> float:

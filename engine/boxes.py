@@ -7,7 +7,7 @@ and `Box`; knows nothing of probabilities beyond a box's score. A GPU kernel com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import cv2
@@ -25,6 +25,7 @@ __all__ = [
     "Rectangle",
     "Region",
     "boxes_from_cam",
+    "boxes_from_regions",
     "iobb",
     "regions_from_cam",
     "sort_boxes",
@@ -56,6 +57,10 @@ class BoxSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError(f"min_area is {self.min_area}: expected a share, 0 <= min_area < 1")
         if self.max_per_finding < 1:
             raise ValueError(f"max_per_finding is {self.max_per_finding}: expected at least 1")
+
+    def threshold_of(self, finding: str) -> float:
+        """The finding's own threshold, else the common one."""
+        return self.per_finding.get(finding, self.threshold)
 
 
 class Rectangle(Protocol):
@@ -189,9 +194,24 @@ def boxes_from_cam(
     `cam` is float32 `(h, w)`; `bias` the finding's classifier bias, so that cam + bias is a
     local logit, and `probability` makes it a score in 0..1. Extents are mapped through `geometry` and clipped to the source image.
     """
-    threshold = spec.per_finding.get(finding, spec.threshold)
+    regions = regions_from_cam(cam, geometry.size, spec.threshold_of(finding), spec.min_area)
+    return boxes_from_regions(
+        regions, finding=finding, bias=bias, spec=spec, geometry=geometry, probability=probability
+    )
+
+
+def boxes_from_regions(
+    regions: Iterable[Region],
+    *,
+    finding: str,
+    bias: float,
+    spec: BoxSpec,
+    geometry: Geometry,
+    probability: Callable[[float], float] = logistic,
+) -> list[Box]:
+    """The boxes of one finding's regions, wherever they were found; see `boxes_from_cam`."""
     boxes = []
-    for region in regions_from_cam(cam, geometry.size, threshold, spec.min_area):
+    for region in regions:
         left = max(geometry.source_x(region.left), 0.0)
         top = max(geometry.source_y(region.top), 0.0)
         right = min(geometry.source_x(region.right), float(geometry.width))

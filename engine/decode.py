@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from io import BytesIO
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -25,6 +26,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from thoraxrt.engine.errors import ImageContentError, ImageError, ImageFormatError, ImageLimitError
+from thoraxrt.engine.profile import Profile, span
 
 __all__ = [
     "DecodeLimits",
@@ -62,27 +64,29 @@ class Provenance:
     voi: str = "full range"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Radiograph:
     """One radiograph, ready for the network's geometry.
 
-    `pixels` is uint8 `(H, W)`, row 0 at the top, 0 black to 255 white (bone is bright),
-    C-contiguous and read-only.
+    `values` is `(H, W)`, row 0 at the top, C-contiguous and read-only: uint8, 0 black to 255 white
+    (bone is bright), or uint16 values as stored, with `table`, uint8 `(65536,)`, that maps them so.
 
-    Raises ImageContentError where `pixels` is anything else.
+    Raises ImageContentError where `values` is anything else.
     """
 
-    pixels: Pixels
+    values: npt.NDArray[np.uint8 | np.uint16]
     source: Provenance
+    table: Pixels | None = None
 
     def __post_init__(self) -> None:
-        pixels = self.pixels
-        if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.size == 0:
+        values = self.values
+        expected = np.uint8 if self.table is None else np.uint16
+        if values.dtype != expected or values.ndim != 2 or values.size == 0:
             raise ImageContentError(
-                f"the array is {pixels.dtype} with shape {pixels.shape}; expected uint8 (height, width): "
+                f"the array is {values.dtype} with shape {values.shape}; expected {np.dtype(expected)} (height, width): "
                 "map the values to 0..255 and drop the channel axis"
             )
-        if not pixels.flags.c_contiguous or pixels.flags.writeable:
+        if not values.flags.c_contiguous or values.flags.writeable:
             raise ImageContentError("the array is strided or writable; use Radiograph.from_pixels, which copies it")
 
     @classmethod
@@ -94,17 +98,26 @@ class Radiograph:
         """
         pixels = np.array(array, order="C")
         pixels.flags.writeable = False
-        return cls(pixels=pixels, source=Provenance(format="array", bits=8, photometric="gray"))
+        return cls(values=pixels, source=Provenance(format="array", bits=8, photometric="gray"))
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        """uint8 `(H, W)`, 0 black to 255 white, read-only."""
+        if self.table is None:
+            return self.values  # type: ignore[return-value]  # __post_init__ holds it
+        pixels: Pixels = np.take(self.table, self.values)
+        pixels.flags.writeable = False
+        return pixels
 
     @property
     def width(self) -> int:
         """Pixels in a row."""
-        return int(self.pixels.shape[1])
+        return int(self.values.shape[1])
 
     @property
     def height(self) -> int:
         """Rows."""
-        return int(self.pixels.shape[0])
+        return int(self.values.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,15 +170,23 @@ class DecodeLimits:
 _DEFAULT_LIMITS = DecodeLimits()
 
 
-def decode(data: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> Radiograph:
+def decode(data: bytes, limits: DecodeLimits = _DEFAULT_LIMITS, *, keep_stored: bool = False) -> Radiograph:
     """The radiograph in one PNG, JPEG or DICOM file.
 
-    `data` is the whole file; its first bytes decide the format. See `Radiograph` for the result.
+    `data` is the whole file; its first bytes decide the format. See `Radiograph` for the result, which
+    has 8 bits unless `keep_stored` leaves 16-bit values as they are, for a GPU to look up.
 
     Raises ImageFormatError (not an image we read, truncated, corrupt), ImageLimitError (too large,
     or a shape that no radiograph has) or ImageContentError (not one grayscale radiograph), and
     nothing else.
     """
+    radiograph = _stored_radiograph(data, limits)
+    if keep_stored or radiograph.table is None:
+        return radiograph
+    return Radiograph(values=radiograph.pixels, source=radiograph.source)
+
+
+def _stored_radiograph(data: bytes, limits: DecodeLimits) -> Radiograph:
     limits.check_bytes(len(data))
     if data.startswith(_PNG_SIGNATURE):
         with translated("PNG"):
@@ -204,21 +225,34 @@ class ThreadDecoder:
 
     Every format scales with the threads: Pillow and imagecodecs decode without the interpreter's lock.
 
-    `workers` is the number of threads, by default the CPUs this process may use.
+    `workers` is the number of threads, by default the CPUs this process may use; for `keep_stored` see `decode`.
     Raises ValueError where `workers` is below 1; `submit` after `close` raises RuntimeError.
 
     Example: `with ThreadDecoder() as decoder: radiograph = decoder.submit(data).result()`.
     """
 
-    def __init__(self, workers: int | None = None, limits: DecodeLimits = _DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        workers: int | None = None,
+        limits: DecodeLimits = _DEFAULT_LIMITS,
+        *,
+        keep_stored: bool = False,
+        profile: Profile | None = None,
+    ) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"ThreadDecoder workers is {workers}; expected at least 1, or None for one per CPU")
         self._limits = limits
+        self._keep_stored = keep_stored
+        self._profile = profile
         self._pool = ThreadPoolExecutor(workers or _usable_cpus(), thread_name_prefix="decode")
 
     def submit(self, data: bytes) -> Future[Radiograph]:
         """Start decoding one file; the future gives what `decode` returns or raises."""
-        return self._pool.submit(decode, data, self._limits)
+        return self._pool.submit(self._decode, data)
+
+    def _decode(self, data: bytes) -> Radiograph:
+        with span(self._profile, threading.current_thread().name, "decode", images=1):
+            return decode(data, self._limits, keep_stored=self._keep_stored)
 
     def close(self) -> None:
         """Finish what runs, cancel what waits, and end the threads."""
@@ -288,12 +322,12 @@ def translated(kind: str) -> Iterator[None]:
         raise corrupt(f"the {kind} file is truncated or corrupt ({type(error).__name__})") from None
 
 
-def sealed(pixels: Pixels, source: Provenance) -> Radiograph:
-    pixels = np.ascontiguousarray(pixels)
-    if not pixels.flags.owndata and pixels.flags.writeable:
-        pixels = pixels.copy()
-    pixels.flags.writeable = False
-    return Radiograph(pixels=pixels, source=source)
+def sealed(values: npt.NDArray[np.uint8 | np.uint16], source: Provenance, table: Pixels | None = None) -> Radiograph:
+    values = np.ascontiguousarray(values)
+    if not values.flags.owndata and values.flags.writeable:
+        values = values.copy()
+    values.flags.writeable = False
+    return Radiograph(values=values, source=source, table=table)
 
 
 def _gray(image: Image.Image) -> Pixels:
@@ -335,8 +369,8 @@ def _radiograph_from_png(data: bytes, limits: DecodeLimits) -> Radiograph:
             "save it as gray"
         )
     with PngImageFile(BytesIO(_png_from_chunks(chunks))) as image:  # not Image.open: it warns of large pictures
-        pixels = _png_pixels(image, bits)
-    return sealed(pixels, Provenance(format="png", bits=bits, photometric=photometric))
+        values, table = (np.asarray(image), table_from_png16()) if bits == 16 else (_png_pixels(image), None)
+    return sealed(values, Provenance(format="png", bits=bits, photometric=photometric), table)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
@@ -370,9 +404,7 @@ def _png_from_chunks(chunks: list[tuple[bytes, memoryview]]) -> bytes:
     return b"".join(kept)
 
 
-def _png_pixels(image: Image.Image, bits: int) -> Pixels:
-    if bits == 16:
-        return np.take(table_from_png16(), np.asarray(image))
+def _png_pixels(image: Image.Image) -> Pixels:
     if image.mode == "LA":
         return np.asarray(image.getchannel(0))
     if image.mode == "1":

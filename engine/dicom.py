@@ -102,7 +102,9 @@ def radiograph_from_dicom(data: bytes, limits: DecodeLimits) -> Radiograph:
         transfer_syntax=syntax,
         voi=_voi_name(module),
     )
-    return sealed(np.take(table, stored), source)
+    if stored.dtype == np.uint8:
+        return sealed(np.take(table, stored), source)
+    return sealed(stored, source, table)
 
 
 _PYDICOM = r"pydicom(\.|$)"

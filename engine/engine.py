@@ -1,39 +1,39 @@
 """The story: bytes to radiograph to network input to raw outputs to findings and boxes.
 
 Owns the order of the steps and the overlap of decoding with the network. Each step is a module
-of its own, named as the step; the network runs in a backend chosen by `thoraxrt.engine.backends`.
+of its own, named as the step; geometry, network and the regions of boxes run where
+`thoraxrt.engine.execute` has been told to.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from thoraxrt.engine.backends import Backend, open_backend
-from thoraxrt.engine.boxes import Box, boxes_from_cam, sort_boxes
+from thoraxrt.engine.boxes import Box, boxes_from_regions, sort_boxes
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Decoder, Radiograph, ThreadDecoder
 from thoraxrt.engine.errors import BackendError, ImageError, ImageFormatError, RequestError, ThoraxrtError
+from thoraxrt.engine.execute import DeviceRadiograph, Executor, Output, Pending, Picture, open_executor
 from thoraxrt.engine.postprocess import Finding, findings_from_logits
-from thoraxrt.engine.preprocess import network_input
+from thoraxrt.engine.profile import Profile, span
 
 __all__ = ["Engine", "Prediction", "Source", "image_files", "read_image"]
 
-Source = bytes | str | Path | Radiograph
-"""An image: encoded bytes, a file's path, or a radiograph already decoded."""
+Source = bytes | str | Path | Picture
+"""An image: encoded bytes, a file's path, or a radiograph already decoded, in host memory or in a GPU's."""
 
 _T = TypeVar("_T")
-_P = ParamSpec("_P")
 
 _AHEAD = 8
 """Images decoded ahead of the network, so that memory stays bounded however many are asked for."""
@@ -62,6 +62,15 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return {name: msgspec.to_builtins(getattr(self, name)) for name in names}
 
 
+class _Started(NamedTuple):
+    """A batch under way: what was decoded, what of it the executor has, and who executes it."""
+
+    decoded: list[Picture | ThoraxrtError]
+    pending: Pending | None
+    backend: str
+    precision: str
+
+
 class Engine:
     """A bundle's network, open on one backend.
 
@@ -73,14 +82,23 @@ class Engine:
     `predict` may be called from one thread at a time; a server owns one engine per worker.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, decoder: Decoder, *, batch: int = 1) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        executor: Executor,
+        decoder: Decoder,
+        *,
+        batch: int = 1,
+        profile: Profile | None = None,
+    ) -> None:
         if batch < 1:
             raise RequestError(f"batch size {batch}: expected at least 1")
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.decoder = decoder
         self.batch = batch
-        self._backend = backend
+        self._executor = executor
+        self._profile = profile
         self._closed = False
 
     @classmethod
@@ -90,43 +108,50 @@ class Engine:
         *,
         backend: str | None = None,
         precision: str | None = None,
+        device: str | None = None,
         batch: int = 1,
         decoder: Decoder | None = None,
+        fall_back: bool = False,
+        profile: Profile | None = None,
     ) -> Self:
-        """Open a bundle: the named backend and precision, else the manifest's recommended, else FP32.
+        """Open a bundle: the named backend, precision and device, else the manifest's recommended, else FP32.
 
-        `batch` is the most images the network takes at once in `predict`; `decoder` is closed
-        with the engine. Raises BundleError, BackendUnavailableError or BackendError.
+        `device` is "cpu", "cuda" or "cuda:N". `batch` is the most images the network takes at once in
+        `predict`; `decoder` is closed with the engine. A GPU that is lost is opened again, and with
+        `fall_back` replaced by the CPU (at FP32) where that fails. `profile` gets every stage's time.
+        Raises BundleError, RequestError, BackendUnavailableError or BackendError.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
-        return cls(bundle, open_backend(bundle, backend, precision), decoder or ThreadDecoder(), batch=batch)
+        executor = open_executor(bundle, backend, precision, device, fall_back=fall_back, profile=profile)
+        decoder = decoder or ThreadDecoder(keep_stored=executor.takes_stored, profile=profile)
+        return cls(bundle, executor, decoder, batch=batch, profile=profile)
 
     @property
     def backend(self) -> str:
         """The backend that executes the network."""
-        return self._backend.name
+        return self._executor.backend
 
     @property
     def precision(self) -> str:
         """The precision that is executed: fp32, bf16, fp16 or int8."""
-        return self._backend.precision
+        return self._executor.precision
 
     def predict(
         self, images: Iterable[Source], *, findings: Collection[str] | None = None, cam: bool = False
     ) -> Iterator[Prediction | ThoraxrtError]:
         """One answer per image, in order: a Prediction, or the error that this image met.
 
-        Decoding runs ahead of the network in the decoder's workers. `findings` limits which
-        reported findings get boxes; `cam` keeps each image's CAMs. Raises RequestError for an
-        unknown finding, BackendError where the network itself fails.
+        Decoding runs ahead of the network in the decoder's workers, and on a GPU one batch ahead of the
+        next. `findings` limits which reported findings get boxes; `cam` keeps each image's CAMs.
+        Raises RequestError for an unknown finding.
         """
         self.check_findings(findings)
         decoding = _ahead((self.submit(image) for image in images), 2 * self.batch + _AHEAD)
-        while batch := [_result(future) for future in itertools.islice(decoding, self.batch)]:
-            decoded = [answer for answer in batch if isinstance(answer, Radiograph)]
-            predictions = iter(self.predict_batch(decoded, findings=findings, cam=cam))
-            yield from (next(predictions) if isinstance(answer, Radiograph) else answer for answer in batch)
+        decoded = ([_result(future) for future in batch] for batch in _batches(decoding, self.batch))
+        started = (self._start(batch, findings, cam) for batch in decoded)
+        for batch in _ahead(started, self._executor.ahead):
+            yield from self._finish(batch)
 
     def predict_one(self, image: Source, *, findings: Collection[str] | None = None, cam: bool = False) -> Prediction:
         """The prediction for one image; see `predict`. Raises what `predict` would yield."""
@@ -136,102 +161,92 @@ class Engine:
         return answer
 
     def predict_batch(
-        self, radiographs: Sequence[Radiograph], *, findings: Collection[str] | None = None, cam: bool = False
+        self, pictures: Sequence[Picture], *, findings: Collection[str] | None = None, cam: bool = False
     ) -> list[Prediction | ThoraxrtError]:
-        """One network call on radiographs already decoded: an answer each, in order."""
-        inputs = [_attempt(network_input, radiograph.pixels, self.manifest.preprocess) for radiograph in radiographs]
-        usable = [array for array in inputs if not isinstance(array, ThoraxrtError)]
-        outputs = iter(self._run(usable))
-        return [
-            array
-            if isinstance(array, ThoraxrtError)
-            else _attempt(self._prediction, radiograph, *next(outputs), findings=findings, cam=cam)
-            for radiograph, array in zip(radiographs, inputs, strict=True)
-        ]
+        """One batch of radiographs already decoded: an answer each, in order."""
+        return self._finish(self._start(list(pictures), findings, cam))
 
-    def _run(
-        self, inputs: list[npt.NDArray[np.uint8]]
-    ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-        """Each input's logits `(C,)` and CAMs `(C, h, w)`; no input, no call."""
-        if not inputs:
-            return iter(())
-        output = self._backend.run(np.stack(inputs))  # uint8 (N, 1, S, S)
-        return zip(output.logits, output.cam, strict=True)
+    def _start(self, decoded: list[Picture | ThoraxrtError], findings: Collection[str] | None, cam: bool) -> _Started:
+        """Hand what could be decoded to the executor; no picture, no call."""
+        self._check_open()
+        pictures = [picture for picture in decoded if not isinstance(picture, ThoraxrtError)]
+        labels = [findings is None or label in findings for label in self.manifest.labels]
+        wanted = np.tile(labels, (len(pictures), 1))  # (N, C)
+        pending = self._executor.submit(pictures, wanted, cam) if pictures else None
+        return _Started(decoded, pending, self.backend, self.precision)
+
+    def _finish(self, batch: _Started) -> list[Prediction | ThoraxrtError]:
+        outputs = iter(batch.pending.result() if batch.pending else ())
+        with span(self._profile, "engine", "findings", images=len(batch.decoded)):
+            return [
+                picture if isinstance(picture, ThoraxrtError) else self._prediction(batch, picture, next(outputs))
+                for picture in batch.decoded
+            ]
 
     def _prediction(
-        self,
-        radiograph: Radiograph,
-        logits: npt.NDArray[np.float32],
-        cams: npt.NDArray[np.float32],
-        *,
-        findings: Collection[str] | None,
-        cam: bool,
-    ) -> Prediction:
-        if not (np.isfinite(logits).all() and np.isfinite(cams).all()):
-            raise BackendError(
-                f"{self.backend} {self.precision} gave values that are not finite for this image; "
-                "use another precision (fp32) and check the bundle's parity"
-            )
-        answers = findings_from_logits(logits, self.manifest.operating_points, self.manifest.activation)
+        self, batch: _Started, picture: Picture, output: Output | ThoraxrtError
+    ) -> Prediction | ThoraxrtError:
+        if isinstance(output, ThoraxrtError):
+            return output
+        answers = findings_from_logits(output.logits, self.manifest.operating_points, self.manifest.activation)
         return Prediction(
-            width=radiograph.width,
-            height=radiograph.height,
-            precision=self.precision,
-            backend=self.backend,
+            width=picture.width,
+            height=picture.height,
+            precision=batch.precision,
+            backend=batch.backend,
             findings=answers,
-            boxes=self._boxes(radiograph, answers, logits, cams, findings),
-            cam=cams if cam else None,
-            radiograph=radiograph,
+            boxes=self._boxes(picture, answers, output),
+            cam=output.cam,
+            radiograph=picture if isinstance(picture, Radiograph) else None,
         )
 
-    def _boxes(
-        self,
-        radiograph: Radiograph,
-        answers: Sequence[Finding],
-        logits: npt.NDArray[np.float32],
-        cams: npt.NDArray[np.float32],
-        wanted: Collection[str] | None,
-    ) -> tuple[Box, ...]:
-        """The boxes of what is reported and wanted, best first.
+    def _boxes(self, picture: Picture, answers: Sequence[Finding], output: Output) -> tuple[Box, ...]:
+        """The boxes of what is reported, best first.
 
-        `logits` is float32 `(C,)`, `cams` float32 `(C, h, w)`. A score is the activation of the
-        image's logits with the finding's own replaced by its local logit at the peak.
+        A score is the activation of the image's logits with the finding's own replaced by its local
+        logit at the peak.
         """
-        geometry = self.manifest.preprocess.geometry(radiograph.width, radiograph.height)
-        activation = self.manifest.activation
+        if not output.regions:
+            return ()
+        manifest = self.manifest
         # From a finding's logit to its log-odds, the others' logits held: zero but for softmax.
-        biases = self.manifest.network.bias + (activation.log_odds(logits) - logits)
+        biases = manifest.network.bias + (manifest.activation.log_odds(output.logits) - output.logits)
+        geometry = manifest.preprocess.geometry(picture.width, picture.height)
         boxes = [
             box
-            for index, (answer, cam, bias) in enumerate(zip(answers, cams, biases.tolist(), strict=True))
-            if answer.reported and (wanted is None or answer.finding in wanted)
-            for box in boxes_from_cam(
-                cam,
-                finding=answer.finding,
-                bias=bias,
-                spec=self.manifest.boxes,
+            for index, regions in itertools.groupby(output.regions, key=lambda pair: pair[0])
+            if answers[index].reported
+            for box in boxes_from_regions(
+                [region for _, region in regions],
+                finding=answers[index].finding,
+                bias=float(biases[index]),
+                spec=manifest.boxes,
                 geometry=geometry,
-                probability=partial(activation.probability, index=index),
+                probability=partial(manifest.activation.probability, index=index),
             )
         ]
         return tuple(sort_boxes(boxes))
 
-    def submit(self, image: Source) -> Future[Radiograph]:
-        """Start decoding an image; the future holds its Radiograph or its ImageError.
+    def submit(self, image: Source) -> Future[Picture]:
+        """Start decoding an image; the future holds its radiograph or its ImageError.
 
         Raises BackendError where the engine is closed.
         """
-        if self._closed:
-            raise BackendError("the engine is closed; open it again")
-        future: Future[Radiograph] = Future()
+        self._check_open()
+        future: Future[Any] = Future()
         try:
-            if isinstance(image, Radiograph):
+            if isinstance(image, (Radiograph, DeviceRadiograph)):
                 future.set_result(image)
-                return future
-            return self.decoder.submit(image if isinstance(image, bytes) else read_image(Path(image)))
+            else:
+                data = image if isinstance(image, bytes) else read_image(Path(image))
+                future = self.decoder.submit(data)
         except ImageError as error:
             future.set_exception(error)
-            return future
+        return future
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError("the engine is closed; open it again")
 
     def check_findings(self, findings: Collection[str] | None) -> None:
         """Raise RequestError where `findings` names something that the model does not answer."""
@@ -245,7 +260,7 @@ class Engine:
         """Stop the decoder's workers and free the network; closing twice is harmless."""
         self._closed = True
         self.decoder.close()
-        self._backend.close()
+        self._executor.close()
 
     def __enter__(self) -> Self:
         return self
@@ -269,23 +284,23 @@ def read_image(path: Path) -> bytes:
         raise ImageFormatError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
-def _ahead(futures: Iterable[_T], count: int) -> Iterator[_T]:
-    """The same items, with up to `count` drawn from the source before they are asked for."""
-    source = iter(futures)
-    window = deque(itertools.islice(source, count))
-    while window:
-        item = window.popleft()
-        window.extend(itertools.islice(source, 1))
-        yield item
+def _ahead(items: Iterable[_T], count: int) -> Iterator[_T]:
+    """The same items, each once up to `count` more have been drawn from the source."""
+    drawn: deque[_T] = deque()
+    for item in items:
+        drawn.append(item)
+        if len(drawn) > count:
+            yield drawn.popleft()
+    yield from drawn
 
 
-def _result(future: Future[Radiograph]) -> Radiograph | ThoraxrtError:
-    return _attempt(future.result)
+def _batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
 
 
-def _attempt(step: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T | ThoraxrtError:
-    """The step's result, or the error of ours that it raised: one image's failure is its answer."""
+def _result(future: Future[Picture]) -> Picture | ThoraxrtError:
     try:
-        return step(*args, **kwargs)
+        return future.result()
     except ThoraxrtError as error:
         return error

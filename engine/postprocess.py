@@ -22,6 +22,8 @@ __all__ = [
     "Softmax",
     "findings_from_logits",
     "logistic",
+    "reported",
+    "thresholds",
 ]
 
 
@@ -148,22 +150,37 @@ def logistic(x: float) -> float:
     return e / (1.0 + e)
 
 
+def thresholds(operating_points: Sequence[OperatingPoint], activation: Activation) -> npt.NDArray[np.float32]:
+    """Each label's operating point as log-odds, float32 `(C,)`."""
+    points = enumerate(operating_points)
+    return np.array([activation.threshold(point.probability, index) for index, point in points], np.float32)
+
+
+def reported(
+    logits: npt.NDArray[np.float32], thresholds: npt.NDArray[np.float32], activation: Activation
+) -> npt.NDArray[np.bool_]:
+    """Which findings are reported, bool `(..., C)`, for logits float32 `(..., C)`.
+
+    A finding is reported where its log-odds, rounded to float32, reach its float32 threshold; but for
+    softmax they are the logit itself, so host and device agree to the last bit.
+    """
+    return np.asarray(activation.log_odds(logits).astype(np.float32) >= thresholds)
+
+
 def findings_from_logits(
     logits: npt.NDArray[np.float32], operating_points: Sequence[OperatingPoint], activation: Activation
 ) -> tuple[Finding, ...]:
     """The findings of one image, in label order.
 
-    `logits` is float32 `(C,)`, in the order of `operating_points`. A finding is reported where its
-    log-odds, rounded to float32, reach the operating point's float32 threshold; but for softmax
-    they are the logit itself, so host and device agree to the last bit.
+    `logits` is float32 `(C,)`, in the order of `operating_points`; see `reported`.
     """
-    log_odds = activation.log_odds(logits)
+    log_odds = activation.log_odds(logits).tolist()
+    shown = reported(logits, thresholds(operating_points, activation), activation).tolist()
     return tuple(
         Finding(
-            finding=point.finding,
-            probability=activation.probability(float(value), index),
-            logit=float(logit),
-            reported=bool(np.float32(value) >= activation.threshold(point.probability, index)),
+            finding=point.finding, probability=activation.probability(value, index), logit=logit, reported=is_reported
         )
-        for index, (logit, value, point) in enumerate(zip(logits, log_odds, operating_points, strict=True))
+        for index, (point, logit, value, is_reported) in enumerate(
+            zip(operating_points, logits.tolist(), log_odds, shown, strict=True)
+        )
     )

@@ -24,6 +24,7 @@ from thoraxrt import __version__
 from thoraxrt.engine.decode import Radiograph
 from thoraxrt.engine.engine import Engine, Prediction
 from thoraxrt.engine.errors import RequestError, ThoraxrtError
+from thoraxrt.engine.execute import Picture
 from thoraxrt.engine.overlay import render_overlay
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
@@ -145,9 +146,9 @@ class PredictionService(thoraxrt_pb2_grpc.PredictionServiceServicer):
         for pool in (self._network, self._drawing):
             await asyncio.to_thread(pool.shutdown, wait=True, cancel_futures=True)
 
-    def _predict(self, radiograph: Radiograph, options: Options) -> Prediction:
+    def _predict(self, picture: Picture, options: Options) -> Prediction:
         (answer,) = self._engine.predict_batch(
-            [radiograph], findings=options.boxes_for, cam=options.cam or options.overlay
+            [picture], findings=options.boxes_for, cam=options.cam or options.overlay
         )
         if isinstance(answer, ThoraxrtError):
             raise answer

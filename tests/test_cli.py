@@ -207,3 +207,15 @@ def test_a_missing_extra_is_one_line_that_names_it(tmp_path: Path) -> None:
     (line,) = result.stderr.splitlines()
     assert "onnx is not installed" in line
     assert "pip install 'thoraxrt[cpu,export,bench]'" in line
+
+
+def test_a_profile_is_a_table_beside_the_answers_and_a_trace(
+    sample_bundle: Bundle, images: list[Path], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.json"
+    result = thoraxrt("predict", sample_bundle.path, *images, "--json", "--device", "cpu", "--profile", trace)
+    assert len([json.loads(line) for line in result.stdout.splitlines()]) == len(images)
+    for stage in ("decode", "geometry", "network", "boxes", "findings"):
+        assert stage in result.stderr
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event["name"] == "network" for event in events if event["ph"] == "X") == len(images)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from thoraxrt.engine.engine import Prediction
     from thoraxrt.engine.plans import Compiled
     from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
+    from thoraxrt.engine.profile import Profile
 
 __all__ = ["app", "main"]
 
@@ -42,7 +43,11 @@ app = typer.Typer(
 
 Backend = Annotated[
     str | None,
-    typer.Option(help="openvino or onnxruntime; else what the bundle recommends.", show_default=False),
+    typer.Option(help="tensorrt, openvino or onnxruntime; else what the bundle recommends.", show_default=False),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:N (of the GPUs that CUDA_VISIBLE_DEVICES leaves).", show_default=False),
 ]
 RequireSignature = Annotated[
     Path | None,
@@ -497,6 +502,11 @@ def predict(
     batch: Annotated[int, typer.Option(min=1, help="Most images the network takes at once.")] = 1,
     backend: Backend = None,
     precision: Precision = None,
+    device: Device = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="TRACE", help="Show each stage's time, and write a trace (.json) that Perfetto opens."),
+    ] = None,
     require_signature: RequireSignature = None,
 ) -> None:
     """Findings and boxes for radiographs.
@@ -507,17 +517,30 @@ def predict(
 
     [bold]thoraxrt predict --server localhost:8500 images/*.png --json[/]
     """
-    if server and (backend or precision or require_signature):
+    if server and (backend or precision or device or profile or require_signature):
         raise RequestError(
-            "--backend, --precision and --require-signature are the server's to choose: give them to `thoraxrt serve`"
+            "--backend, --precision, --device, --profile and --require-signature are of the engine in this process: "
+            "leave --server out, or give them to `thoraxrt serve`"
         )
+    from thoraxrt.engine.profile import Profile
+
+    recorded = Profile() if profile else None
     images = _images(arguments if server else arguments[1:])
     if overlay:
         overlay.mkdir(parents=True, exist_ok=True)
     answers = (
         _ask_server(server, images, overlay)
         if server
-        else _ask_engine(_open(arguments[0], require_signature), images, overlay, backend, precision, batch)
+        else _ask_engine(
+            _open(arguments[0], require_signature),
+            images,
+            overlay,
+            backend=backend,
+            precision=precision,
+            device=device,
+            batch=batch,
+            profile=recorded,
+        )
     )
     failed = 0
     table = _Table()
@@ -530,7 +553,22 @@ def predict(
             table.add(image, answer)
     if not as_json:
         table.show()
+    if profile and recorded:
+        recorded.write(profile)
+        _show_profile(recorded, len(images))
     raise typer.Exit(1 if failed else 0)
+
+
+def _show_profile(profile: Profile, images: int) -> None:
+    """Each stage's time, on standard error, where --json does not mind it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("lane", "stage", "spans", "ms an image", "ms a span: p50", "p99")
+    for stage in profile.stages():
+        times = (1e3 * stage.seconds / images, stage.p50_ms, stage.p99_ms)
+        table.add_row(stage.lane, stage.stage, str(stage.spans), *(f"{ms:.2f}" for ms in times))
+    Console(stderr=True).print(table)
 
 
 def _images(arguments: list[str]) -> list[str]:
@@ -552,12 +590,12 @@ def _images(arguments: list[str]) -> list[str]:
 
 
 def _ask_engine(
-    bundle: Bundle, images: list[str], overlay: Path | None, backend: str | None, precision: str | None, batch: int
+    bundle: Bundle, images: list[str], overlay: Path | None, **options: Any
 ) -> Iterator[Prediction | ThoraxrtError]:
     from thoraxrt.engine.engine import Engine
     from thoraxrt.engine.overlay import render_overlay
 
-    with Engine.open(bundle, backend=backend, precision=precision, batch=batch) as engine:
+    with Engine.open(bundle, **options) as engine:
         answers = engine.predict((Path(image) for image in images), cam=overlay is not None)
         for path, answer in zip(_overlay_paths(overlay, images), answers, strict=True):
             if path and not isinstance(answer, ThoraxrtError):
@@ -635,6 +673,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8500,
     backend: Backend = None,
     precision: Precision = None,
+    device: Device = None,
+    fall_back: Annotated[
+        bool, typer.Option("--fall-back", help="Go on with the CPU (fp32) where a lost GPU cannot be opened again.")
+    ] = False,
     require_signature: RequireSignature = None,
 ) -> None:
     """Answer gRPC requests with a bundle.
@@ -647,7 +689,8 @@ def serve(
     from thoraxrt.server.serve import serve as serve_engine
 
     opened = _open(bundle, require_signature)
-    serve_engine(Engine.open(opened, backend=backend, precision=precision), host=host, port=port)
+    engine = Engine.open(opened, backend=backend, precision=precision, device=device, fall_back=fall_back)
+    serve_engine(engine, host=host, port=port)
 
 
 @app.command()

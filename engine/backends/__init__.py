@@ -16,7 +16,7 @@ import numpy.typing as npt
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import BackendUnavailableError, RequestError
 
-__all__ = ["PRECISIONS", "Backend", "NetworkOutput", "available", "backend_names", "open_backend"]
+__all__ = ["PRECISIONS", "Backend", "Choice", "NetworkOutput", "available", "backend_names", "choose", "open_backend"]
 
 PRECISIONS: Final = ("fp32", "bf16", "fp16", "int8")
 """What `precision` may say, and always of what was executed."""
@@ -56,10 +56,12 @@ class Backend(Protocol):
 class BackendModule(Protocol):
     """What each backend's module defines."""
 
-    open: Callable[[Bundle, str], Backend]
-    """Load the bundle's network at a precision that `precisions` allows."""
-    precisions: Callable[[], Mapping[str, str | None]]
-    """Each precision's reason not to run on this machine, None where it runs.
+    DEVICE: str
+    """What it runs on: "cpu" or "cuda"."""
+    open: Callable[[Bundle, str, int], Backend]
+    """Load the bundle's network at a precision that `precisions` allows, on the GPU of this number."""
+    precisions: Callable[[int], Mapping[str, str | None]]
+    """Each precision's reason not to run on this machine, or on its GPU of this number; None where it runs.
 
     Raises BackendUnavailableError where the runtime itself is missing or broken.
     """
@@ -77,10 +79,10 @@ def _module(name: str) -> BackendModule:
     return module
 
 
-def available(name: str, bundle: Bundle) -> dict[str, str | None]:
-    """Per precision, why this backend cannot run this bundle here, or None where it can."""
+def available(name: str, bundle: Bundle, index: int = 0) -> dict[str, str | None]:
+    """Per precision, why this backend cannot run this bundle here (on GPU number `index`), or None where it can."""
     try:
-        reasons = dict(_module(name).precisions())
+        reasons = dict(_module(name).precisions(index))
     except BackendUnavailableError as error:
         return dict.fromkeys(PRECISIONS, str(error))
     for precision, reason in reasons.items():
@@ -89,26 +91,60 @@ def available(name: str, bundle: Bundle) -> dict[str, str | None]:
     return reasons
 
 
-def open_backend(bundle: Bundle, backend: str | None = None, precision: str | None = None) -> Backend:
-    """Load a bundle's network where the caller says, else where the manifest recommends, else FP32.
+class Choice(NamedTuple):
+    """Where a network is to run: the backend's module, the precision, and which GPU (0 for a CPU)."""
 
-    A named choice is honoured or refused, never replaced. With nothing named and nothing
-    recommended, the first installed backend in default order runs fp32; with only a precision
-    named, the first that can run it. Raises RequestError, BackendUnavailableError, BackendError.
+    module: BackendModule
+    precision: str
+    device: int
+
+
+def open_backend(
+    bundle: Bundle, backend: str | None = None, precision: str | None = None, device: str | None = None
+) -> Backend:
+    """Load a bundle's network; see `choose`."""
+    module, precision, index = choose(bundle, backend, precision, device)
+    return module.open(bundle, precision, index)
+
+
+def choose(
+    bundle: Bundle, backend: str | None = None, precision: str | None = None, device: str | None = None
+) -> Choice:
+    """Where the caller says, else where the manifest recommends, else FP32.
+
+    `device` is "cpu", "cuda" or "cuda:N", N counting the GPUs that the driver shows. A named choice is
+    honoured or refused, never replaced. With nothing named and nothing recommended, the first
+    backend in default order that can run fp32 does; with only a precision or a device named, the
+    first that can run it. Raises RequestError, BackendUnavailableError, BackendError.
     """
     if precision is not None and precision not in PRECISIONS:
         raise RequestError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    kind, index = _parsed(device)
     recommended = bundle.manifest.recommended
-    if recommended is not None and backend is None and precision is None:
+    if recommended is not None and backend is None and precision is None and device is None:
         backend, precision = recommended.backend, recommended.precision
     precision = precision or "fp32"
     refusals = []
     for name in (backend,) if backend else backend_names():
         module = _module(name)
-        reason = available(name, bundle).get(precision, f"it has no {precision}")
-        if reason is None:
-            return module.open(bundle, precision)
+        if kind in (None, module.DEVICE):
+            reason = available(name, bundle, index).get(precision, f"it has no {precision}")
+            if reason is None:
+                return Choice(module, precision, index)
+        else:
+            reason = f"it runs on {module.DEVICE}"
         refusals.append(f"{name}: {reason}")
     raise BackendUnavailableError(
-        f"no backend can run {precision} on this machine ({'; '.join(refusals)}); `thoraxrt info BUNDLE` shows what can"
+        f"no backend can run {precision} on {device or 'this machine'} ({'; '.join(refusals)}); "
+        "`thoraxrt info BUNDLE` shows what can"
     )
+
+
+def _parsed(device: str | None) -> tuple[str | None, int]:
+    """The kind of device, None for any, and its number."""
+    if device is None or device in ("cpu", "cuda"):
+        return device, 0
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not (number.isascii() and number.isdigit()):
+        raise RequestError(f"unknown device {device!r}; expected cpu, cuda or cuda:N, cuda:1 for example")
+    return kind, int(number)

@@ -16,7 +16,9 @@ from thoraxrt.engine.errors import BackendError, BackendUnavailableError
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["OnnxRuntimeBackend", "open", "precisions"]
+__all__ = ["DEVICE", "OnnxRuntimeBackend", "open", "precisions"]
+
+DEVICE = "cpu"
 
 _BUILDS = ("onnxruntime", "onnxruntime-gpu")  # both bring a module named onnxruntime
 _NO_HALF = (
@@ -25,13 +27,13 @@ _NO_HALF = (
 )
 
 
-def precisions() -> Mapping[str, str | None]:
+def precisions(device: int = 0) -> Mapping[str, str | None]:
     """See `thoraxrt.engine.backends.BackendModule`."""
     _import()
     return {"fp32": None, "bf16": _NO_HALF.format("bf16"), "fp16": _NO_HALF.format("fp16"), "int8": None}
 
 
-def open(bundle: Bundle, precision: str) -> OnnxRuntimeBackend:  # noqa: A001 - the protocol's name
+def open(bundle: Bundle, precision: str, device: int = 0) -> OnnxRuntimeBackend:  # noqa: A001 - the protocol's name
     """Load the bundle's graph of this precision."""
     return OnnxRuntimeBackend(bundle.read(bundle.graph_name(precision)), precision)
 

@@ -19,14 +19,16 @@ from thoraxrt.engine.errors import BackendError, BackendUnavailableError
 if TYPE_CHECKING:
     import openvino
 
-__all__ = ["OpenVinoBackend", "open", "precisions"]
+__all__ = ["DEVICE", "OpenVinoBackend", "open", "precisions"]
+
+DEVICE = "cpu"
 
 # The CPU plugin's arithmetic for each precision, always given: left alone it runs BF16 silently. For INT8 it is that
 # of what the graph keeps in float.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "bf16"}
 
 
-def precisions() -> Mapping[str, str | None]:
+def precisions(device: int = 0) -> Mapping[str, str | None]:
     """See `thoraxrt.engine.backends.BackendModule`."""
     capabilities = _import().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {
@@ -35,7 +37,7 @@ def precisions() -> Mapping[str, str | None]:
     }
 
 
-def open(bundle: Bundle, precision: str) -> OpenVinoBackend:  # noqa: A001 - the protocol's name
+def open(bundle: Bundle, precision: str, device: int = 0) -> OpenVinoBackend:  # noqa: A001 - the protocol's name
     """Load the bundle's graph of this precision."""
     return OpenVinoBackend(bundle.read(bundle.graph_name(precision)), precision)
 

@@ -89,7 +89,7 @@ def test_from_pixels_refuses(array: Any) -> None:
 
 def test_radiograph_refuses_a_writable_array() -> None:
     with pytest.raises(ImageContentError, match="from_pixels"):
-        Radiograph(pixels=picture(), source=Provenance(format="array", bits=8, photometric="gray"))
+        Radiograph(values=picture(), source=Provenance(format="array", bits=8, photometric="gray"))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P"])
@@ -339,3 +339,21 @@ def test_thread_decoder_takes_limits_and_a_sane_number_of_workers() -> None:
         decoder.submit(FILES["png"]).result()
     with pytest.raises(ValueError, match="workers"):
         ThreadDecoder(workers=0)
+
+
+def test_16_bit_values_can_be_left_as_stored_for_a_gpu_to_look_up() -> None:
+    values = np.arange(48 * 40, dtype=np.uint16).reshape(40, 48) * 34
+    data = file_from(values)
+    kept, looked_up = decode(data, keep_stored=True), decode(data)
+    np.testing.assert_array_equal(kept.values, values)
+    assert kept.table is not None
+    np.testing.assert_array_equal(kept.table[kept.values], looked_up.values)
+    np.testing.assert_array_equal(kept.pixels, looked_up.pixels)
+    assert kept.source == looked_up.source
+    assert looked_up.table is None
+    assert not kept.pixels.flags.writeable
+    with ThreadDecoder(1, keep_stored=True) as decoder:
+        assert decoder.submit(data).result().values.dtype == np.uint16
+    eight = decode(file_from(picture()), keep_stored=True)
+    assert eight.table is None
+    assert eight.values is eight.pixels

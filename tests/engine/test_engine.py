@@ -17,6 +17,7 @@ from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Radiograph, ThreadDecoder, decode
 from thoraxrt.engine.engine import Engine, Prediction
 from thoraxrt.engine.errors import BackendError, BackendUnavailableError, ImageError, RequestError
+from thoraxrt.engine.execute import HostExecutor
 from thoraxrt.engine.overlay import heat, render_overlay
 from thoraxrt.engine.postprocess import Finding, Softmax, logistic
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec, network_input
@@ -166,7 +167,7 @@ def test_a_softmax_box_holds_the_other_classes_where_the_image_has_them(
     manifest = msgspec.structs.replace(manifest, activation=Softmax(), operating_points=tuple(points))
     bundle = Bundle(sample_bundle.path, manifest, sample_bundle.sha256)
     backend = TwoClasses(bundle)
-    with Engine(bundle, backend, ThreadDecoder()) as engine:
+    with Engine(bundle, HostExecutor(backend, manifest), ThreadDecoder()) as engine:
         prediction = engine.predict_one(radiographs[0], findings=[manifest.labels[0]])
     logits = backend.run(np.empty(0, np.uint8)).logits[0].astype(np.float64)
     np.testing.assert_allclose(
@@ -197,7 +198,8 @@ class NotANumber:
 def test_values_that_are_not_finite_fail_their_image_alone(
     sample_bundle: Bundle, radiographs: list[Radiograph]
 ) -> None:
-    with Engine(sample_bundle, NotANumber(sample_bundle), ThreadDecoder(), batch=3) as engine:
+    executor = HostExecutor(NotANumber(sample_bundle), sample_bundle.manifest)
+    with Engine(sample_bundle, executor, ThreadDecoder(), batch=3) as engine:
         answers = list(engine.predict(radiographs[:3]))
     assert [type(answer) for answer in answers] == [Prediction, BackendError, Prediction]
 

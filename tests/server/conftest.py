@@ -21,6 +21,7 @@ from thoraxrt.engine.boxes import BoxSpec
 from thoraxrt.engine.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Check, FileEntry, Manifest, Network
 from thoraxrt.engine.decode import ThreadDecoder
 from thoraxrt.engine.engine import Engine
+from thoraxrt.engine.execute import HostExecutor
 from thoraxrt.engine.postprocess import OperatingPoint, Sigmoid
 from thoraxrt.engine.preprocess import PreprocessSpec, Shorter
 from thoraxrt.server.client import Client
@@ -189,5 +190,5 @@ def gate(tiny_bundle: Bundle) -> Iterator[Gate]:
 
 @pytest.fixture
 def gated_engine(tiny_bundle: Bundle, gate: Gate) -> Iterator[Engine]:
-    with Engine(tiny_bundle, gate, ThreadDecoder(2)) as engine:
+    with Engine(tiny_bundle, HostExecutor(gate, tiny_bundle.manifest), ThreadDecoder(2)) as engine:
         yield engine
