@@ -225,11 +225,13 @@ class Manifest(_Strict, frozen=True, kw_only=True):
 class Bundle:
     """A bundle on disk whose manifest has been read and found sound."""
 
-    def __init__(self, path: Path, manifest: Manifest, sha256: str) -> None:
+    def __init__(self, path: Path, manifest: Manifest, sha256: str, trusted: Sequence[Path] = ()) -> None:
         self.path = path
         self.manifest = manifest
         self.sha256 = sha256
         """Of `manifest.json` itself: it covers every other file, so it names the bundle."""
+        self.trusted = tuple(trusted)
+        """The public keys that it was opened with; they may vouch for its plans too."""
 
     @classmethod
     def open(cls, path: str | Path, trusted: Sequence[Path] | None = None) -> Self:
@@ -246,7 +248,7 @@ class Bundle:
         )
         if trusted is not None:
             _verify(path, data, trusted)
-        return cls(path, _manifest(data, path), hashlib.sha256(data).hexdigest())
+        return cls(path, _manifest(data, path), hashlib.sha256(data).hexdigest(), trusted or ())
 
     @staticmethod
     def graph_name(precision: str) -> str:

@@ -6,7 +6,8 @@
         ├── engine.plan
         ├── timing.cache         tensorrt only
         ├── plan.json            `PlanRecord`: the whole key, and the hash of both files above
-        └── plan.tag, plan.sig   this machine's HMAC of plan.json, or a person's Ed25519 signature
+        ├── plan.tag, plan.sig   this machine's HMAC of plan.json, or a person's Ed25519 signature
+        └── kernels-<GPU>.cache  tensorrt_rtx only: what it compiled on that GPU, after this machine's HMAC of it
 
 `<key>` is the first 12 hex digits of the sha256 of the whole key: plans that differ in any option or
 batch bucket have folders of their own, and the same inputs always have the same one. A plan is code,
@@ -22,6 +23,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -52,12 +54,14 @@ __all__ = [
     "PRECISIONS",
     "CachedPlan",
     "Compiled",
+    "FoundPlans",
     "Machine",
     "PlanCache",
     "PlanKey",
     "PlanRecord",
     "cache_folder",
     "compile_plans",
+    "find_plans",
     "misfit",
     "plan_key",
     "this_machine",
@@ -69,6 +73,8 @@ PRECISIONS: Final = ("fp32", "fp16", "int8")
 _PLAN, _TIMINGS, _RECORD, _TAG, _SIGNATURE = "engine.plan", "timing.cache", "plan.json", "plan.tag", "plan.sig"
 _SCHEMA_VERSION: Final = 1
 _RECORD_BYTES: Final = 1 << 20
+_KERNELS_BYTES: Final = 1 << 30
+_TAG_LENGTH: Final = 64  # hex digits
 _DEAD_AFTER: Final = 3600.0  # seconds; writing a plan takes a few
 
 
@@ -136,8 +142,8 @@ class Machine(NamedTuple):
     device: Device | BackendUnavailableError
 
 
-def this_machine() -> Machine:
-    """The machine this runs on."""
+def this_machine(index: int = 0) -> Machine:
+    """The machine this runs on, with its GPU of that index. Raises RequestError where it has others only."""
     flavour: Flavour | BackendUnavailableError
     device: Device | BackendUnavailableError
     try:
@@ -145,7 +151,7 @@ def this_machine() -> Machine:
     except BackendUnavailableError as error:
         flavour = error
     try:
-        device = current_device()
+        device = current_device(index)
     except BackendUnavailableError as error:
         device = error
     return Machine(host_platform(), flavour, device)
@@ -180,8 +186,8 @@ def _reads(version: str, key: PlanKey) -> bool:
     return here[:1] == there[:1] and here >= there
 
 
-def plan_key(bundle: Bundle, precision: str, options: PlanOptions) -> PlanKey:
-    """The key of the plan that this machine would compile.
+def plan_key(bundle: Bundle, precision: str, options: PlanOptions, device: int = 0) -> PlanKey:
+    """The key of the plan that this machine would compile, for its GPU number `device` where none is named.
 
     Raises RequestError for a precision or option that the installed flavour lacks,
     BackendUnavailableError where there is no TensorRT or the options need a GPU that is not there,
@@ -199,17 +205,21 @@ def plan_key(bundle: Bundle, precision: str, options: PlanOptions) -> PlanKey:
         runtime=flavour.name,
         runtime_version=flavour.version,
         platform=host_platform(),
-        device=current_device().name if flavour.name == "tensorrt" else None,
-        options=supported_options(options, flavour),
+        device=current_device(device).name if flavour.name == "tensorrt" else None,
+        options=supported_options(options, flavour, device),
     )
 
 
 def compile_plans(
-    bundle: Bundle, precisions: Sequence[str], options: PlanOptions | None = None, cache: PlanCache | None = None
+    bundle: Bundle,
+    precisions: Sequence[str],
+    options: PlanOptions | None = None,
+    cache: PlanCache | None = None,
+    device: int = 0,
 ) -> Iterator[Compiled]:
     """Bring a plan for each precision into the cache, one after the other as they are asked for.
 
-    A plan that is there and sound is not compiled again. Raises as `plan_key` does, BackendError
+    A plan that is there and sound is not compiled again; `device` as in `plan_from_onnx`. Raises as `plan_key` does, BackendError
     where TensorRT refuses the graph; before anything is built PlanError where the cache cannot be read
     or written, SignatureError where it can hold no key of this machine.
 
@@ -217,7 +227,7 @@ def compile_plans(
     """
     options, cache = options or PlanOptions(), cache or PlanCache()
     for precision in precisions:
-        key = plan_key(bundle, precision, options)
+        key = plan_key(bundle, precision, options, device)
         reason = None
         if cache.has(key):
             try:
@@ -227,9 +237,40 @@ def compile_plans(
                 reason = str(error)
         cache.prepare(key)
         start = time.monotonic()
-        plan = plan_from_onnx(bundle.read(bundle.graph_name(precision)), options, cache.timings(key))
+        plan = plan_from_onnx(bundle.read(bundle.graph_name(precision)), options, cache.timings(key), device)
         seconds = time.monotonic() - start
         yield Compiled(cache.store(key, plan), seconds, reason)
+
+
+class FoundPlans(NamedTuple):
+    """The cache's plans of one graph on one machine: folders of those that fit, best first, and why the others do not."""
+
+    fitting: list[Path]
+    refused: list[str]
+
+
+def find_plans(bundle: Bundle, precision: str, machine: Machine, cache: PlanCache) -> FoundPlans:
+    """Look for plans that a machine can run; their files are not read yet, so `PlanCache.read` may still refuse one.
+
+    A plan made for few GPUs or one version goes before a portable one, then the newest.
+    """
+    fitting, refused = [], []
+    for folder in cache.folders(bundle):
+        try:
+            key = cache.record(folder).key
+            with _reaching(folder, "read"):
+                made = (folder / _RECORD).stat().st_mtime_ns
+        except PlanError as error:
+            refused.append(str(error))
+            continue
+        if key.precision != precision:
+            continue
+        if reason := misfit(key, machine):
+            refused.append(f"{folder}: {reason}")
+            continue
+        portable = key.options.hardware_compatible + key.options.version_compatible
+        fitting.append((portable, -made, folder))
+    return FoundPlans([folder for *_, folder in sorted(fitting)], refused)
 
 
 class PlanCache:
@@ -271,27 +312,62 @@ class PlanCache:
         Raises PlanError saying why it may not be used: missing, vouched for by nobody, damaged, or
         moved from where its key belongs.
         """
+        record = self.record(folder)
+        timings = b"" if record.timing_cache is None else _verified(folder / _TIMINGS, record.timing_cache)
+        return CachedPlan(folder, record, _verified(folder / _PLAN, record.plan), timings)
+
+    def record(self, folder: Path) -> PlanRecord:
+        """What a plan is, without its files. Raises PlanError as `read` does, short of what only they can show."""
         root = self.root  # first: without a cache, that is the reason
         data = _bytes(folder / _RECORD, _RECORD_BYTES)
         self._vouched(folder, data)
         record = _record(data, folder)
         if folder != root / record.key.folder:
             raise PlanError(f"{folder} holds the plan of another key: {record.key.folder}")
-        timings = b"" if record.timing_cache is None else _verified(folder / _TIMINGS, record.timing_cache)
-        return CachedPlan(folder, record, _verified(folder / _PLAN, record.plan), timings)
+        return record
+
+    def kernels(self, cached: CachedPlan, gpu: str) -> bytes:
+        """What TensorRT-RTX compiled of a plan on this machine's GPU of that name; empty where there is nothing of ours.
+
+        It is code too: only what this machine tagged, for this plan, in its own cache is given out.
+        """
+        try:
+            data = _bytes(_kernels_path(cached, gpu), _KERNELS_BYTES)
+            tag, kernels = data[:_TAG_LENGTH].decode("latin-1"), data[_TAG_LENGTH:]
+            tagged = self._is_own() and machine_tag_matches(_bound(cached, kernels), tag, self.root)
+        except BundleError:  # there is none, or no key: it is compiled once more
+            return b""
+        return kernels if tagged else b""
+
+    def keep_kernels(self, cached: CachedPlan, gpu: str, kernels: bytes) -> None:
+        """Keep them beside the plan, under this machine's tag. Raises PlanError, SignatureError."""
+        if not self._is_own():  # nobody would take them from there
+            return
+        path = _kernels_path(cached, gpu)
+        made = path.with_name(f".{path.name}.{os.getpid()}")
+        tag = machine_tag(_bound(cached, kernels), self.root)
+        with _reaching(path, "written"):
+            try:
+                made.write_bytes(tag.encode() + kernels)
+                made.replace(path)
+            finally:
+                made.unlink(missing_ok=True)
+
+    def _is_own(self) -> bool:
+        """Whether this is this machine's own cache: whoever made a plan elsewhere made the key beside it too."""
+        return os.path.realpath(self.root) == os.path.realpath(cache_folder())
 
     def _vouched(self, folder: Path, record: bytes) -> None:
         """Return where this machine or a trusted key made `plan.json`. Raises PlanError."""
         refusals = []
         if (folder / _TAG).exists():
             try:
-                own = cache_folder()  # and no other: whoever made a plan elsewhere made the key beside it too
-                if os.path.realpath(self.root) != os.path.realpath(own):
+                if not self._is_own():
                     refusals.append(
-                        f"{_TAG} counts only in this machine's own cache, {own}: "
+                        f"{_TAG} counts only in this machine's own cache, {cache_folder()}: "
                         f"elsewhere a trusted {_SIGNATURE} must vouch (--require-signature)"
                     )
-                elif machine_tag_matches(record, _bytes(folder / _TAG, 64).decode("latin-1"), own):
+                elif machine_tag_matches(record, _bytes(folder / _TAG, _TAG_LENGTH).decode("latin-1"), self.root):
                     return
                 else:
                     refusals.append(f"{_TAG} is not this machine's tag of {_RECORD}")
@@ -350,6 +426,15 @@ class PlanCache:
         folder = self.root / cached.record.key.folder
         _publish(folder, {**_files(cached), _SIGNATURE: sign(_encoded(cached.record), key)})
         return folder
+
+
+def _kernels_path(cached: CachedPlan, gpu: str) -> Path:
+    return cached.folder / f"kernels-{re.sub('[^A-Za-z0-9]+', '-', gpu)}.cache"
+
+
+def _bound(cached: CachedPlan, kernels: bytes) -> bytes:
+    """What is tagged: the kernels, and the plan that they belong to."""
+    return hashlib.sha256(cached.plan).digest() + kernels
 
 
 def cache_folder() -> Path:

@@ -5,20 +5,22 @@ Two flavours share one interface: `tensorrt` (10.3 to 11.x), which tunes for the
 typed: precision is what the graph says. Knows neither bundles nor the plan cache
 (`thoraxrt.engine.plans`), and does not run plans.
 
-What only the first flavour can do (timing cache, version and hardware compatibility) is written to
+What only the first flavour can do (timing cache, version compatibility) is written to
 its documentation and held against the Python signatures of its 10.3.0 and 11.4.0 wheels in the
 tests; none of it has been run yet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
 import platform
 import re
 import threading
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -26,6 +28,7 @@ import msgspec
 from thoraxrt.engine.errors import BackendError, BackendUnavailableError, RequestError
 
 __all__ = [
+    "RTX",
     "Device",
     "Flavour",
     "LayerTypes",
@@ -35,13 +38,15 @@ __all__ = [
     "host_platform",
     "installed_flavour",
     "layer_types_from_onnx",
+    "listening",
     "plan_from_onnx",
     "supported_options",
     "version_numbers",
 ]
 
 _OLDEST, _BEYOND = (10, 3), (12,)
-_RTX: Final = "tensorrt_rtx"
+_AMPERE: Final = 80
+RTX: Final = "tensorrt_rtx"
 _TYPES: Final = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
 
 # What to do about a parser error, by what its description says.
@@ -54,8 +59,8 @@ _REMEDIES: Final = (
 )
 _REMEDY: Final = "export the bundle again with this thoraxrt, or run the graph on another backend"
 
-_SINGLE_BUILD = threading.Lock()
-"""TensorRT takes one logger per process, so what it says belongs to one build at a time."""
+_LISTENING = threading.Lock()
+"""TensorRT takes one logger per process, so what it says belongs to one caller at a time."""
 
 
 class PlanOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -140,7 +145,7 @@ def installed_flavour() -> Flavour:
 
     Raises BackendUnavailableError where there is neither, or the one found is broken or too old.
     """
-    for name in ("tensorrt", _RTX):
+    for name in ("tensorrt", RTX):
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -168,38 +173,44 @@ def host_platform() -> str:
     return f"{platform.system()}-{platform.machine()}".lower()
 
 
-def current_device() -> Device:
-    """The first GPU, asked from the NVIDIA driver. Raises BackendUnavailableError where there is none."""
+def current_device(index: int = 0) -> Device:
+    """The GPU of that index, asked from the NVIDIA driver; without a context, which would cost memory there.
+
+    Raises BackendUnavailableError where there is none, RequestError where there are others only.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise BackendUnavailableError("no NVIDIA driver here: libcuda.so.1 cannot be loaded") from error
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    count, device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name = ctypes.create_string_buffer(256)
     for function, *arguments in (  # CUDA driver API; 75 and 76 are CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
         ("cuInit", 0),
-        ("cuDeviceGet", ctypes.byref(device), 0),
+        ("cuDeviceGetCount", ctypes.byref(count)),
+        ("cuDeviceGet", ctypes.byref(device), index),
         ("cuDeviceGetName", name, len(name), device),
         ("cuDeviceGetAttribute", ctypes.byref(major), 75, device),
         ("cuDeviceGetAttribute", ctypes.byref(minor), 76, device),
     ):
+        if count.value and not 0 <= index < count.value:
+            raise RequestError(
+                f"there is no cuda:{index}: the GPUs that this process sees end with cuda:{count.value - 1}"
+            )
         if (status := getattr(driver, str(function))(*arguments)) != 0:
             raise BackendUnavailableError(f"no NVIDIA GPU here: {function} gives error {status}; nvidia-smi says more")
     return Device(name.value.decode(errors="replace"), f"sm{major.value}{minor.value}")
 
 
-def supported_options(options: PlanOptions, flavour: Flavour) -> PlanOptions:
-    """The options with their targets named, once the flavour is known to have them all.
+def supported_options(options: PlanOptions, flavour: Flavour, device: int = 0) -> PlanOptions:
+    """The options with their targets named, once the flavour is known to have them all; its own result it gives back.
 
-    Raises RequestError naming an option that the flavour lacks, BackendUnavailableError where it
-    would need a GPU that is not there.
+    `device` is the GPU that is meant where none is named. Raises RequestError naming an option that
+    the flavour lacks, BackendUnavailableError where it would need a GPU that is not there.
     """
     name = f"{flavour.name} {flavour.version}"
-    if flavour.name == _RTX:
-        _refuse_what_rtx_lacks(options, flavour, name)
-        if options.targets:
-            return options
-    here = _device_for("compiling" if flavour.name != _RTX else "compiling without --target", name).architecture
+    if flavour.name == RTX:
+        return _supported_by_rtx(options, flavour, name, device)
+    here = _device_for("compiling", name, device).architecture
     if options.targets not in ((), (here,)):
         raise RequestError(
             f"target {', '.join(options.targets)}: {name} compiles for the GPU it runs on, {here} here; "
@@ -208,24 +219,39 @@ def supported_options(options: PlanOptions, flavour: Flavour) -> PlanOptions:
     return msgspec.structs.replace(options, targets=(here,))
 
 
-def _refuse_what_rtx_lacks(options: PlanOptions, flavour: Flavour, name: str) -> None:
+def _supported_by_rtx(options: PlanOptions, flavour: Flavour, name: str, device: int) -> PlanOptions:
     if options.version_compatible:
         raise RequestError(f"version compatibility: {name} has none; its plans are remade in seconds: leave it out")
-    if options.hardware_compatible:
-        raise RequestError(f"hardware compatibility: {name} has none; name the GPUs, --target sm86,sm89,sm120")
     if options.strip_weights:
-        _device_for("weight stripping", name)
-    nameable = [member.lower() for member in flavour.module.ComputeCapability.__members__ if member.startswith("SM")]
-    if unknown := [target for target in options.targets if target not in nameable]:
+        _device_for("weight stripping", name, device)
+    nameable = sorted(
+        (n.lower() for n in flavour.module.ComputeCapability.__members__ if n[:2] == "SM"), key=_capability
+    )
+    if options.hardware_compatible:
+        portable = tuple(target for target in nameable if _capability(target) >= _AMPERE)
+        if options.targets not in ((), portable):
+            raise RequestError("hardware compatibility is for every GPU from Ampere on: name no --target with it")
+        return msgspec.structs.replace(options, targets=portable)
+    if options.targets and not set(options.targets) - set(nameable):
+        return options
+    # What has no name (sm90, say) can only be meant as the GPU that is here.
+    here: tuple[str, ...] = ()
+    try:
+        here = (_device_for("compiling without --target", name, device).architecture,)
+    except BackendUnavailableError:
+        if not options.targets:
+            raise
+    if options.targets not in ((), here):
         raise RequestError(
-            f"target {', '.join(unknown)}: {name} compiles for {', '.join(sorted(nameable, key=_capability))}, "
+            f"target {', '.join(set(options.targets) - set(nameable))}: {name} compiles for {', '.join(nameable)}, "
             "or without --target for this machine's GPU"
         )
+    return msgspec.structs.replace(options, targets=here)
 
 
-def _device_for(what: str, runtime: str) -> Device:
+def _device_for(what: str, runtime: str, device: int) -> Device:
     try:
-        return current_device()
+        return current_device(device)
     except BackendUnavailableError as error:
         raise BackendUnavailableError(f"{what} needs a GPU with {runtime}; {error}") from error
 
@@ -234,23 +260,24 @@ def _capability(target: str) -> int:
     return int(target.removeprefix("sm"))
 
 
-def plan_from_onnx(graph: bytes, options: PlanOptions, timing_cache: bytes = b"") -> Plan:
+def plan_from_onnx(graph: bytes, options: PlanOptions, timing_cache: bytes = b"", device: int = 0) -> Plan:
     """Compile a serialised ONNX graph with one input whose first axis is the batch.
 
-    `timing_cache` is one that an earlier build with the same flavour, version and GPU gave. Raises
-    BackendError naming the ONNX node or what the builder said, and what `supported_options` raises.
+    `timing_cache` is one that an earlier build with the same flavour, version and GPU gave. A plan for
+    the GPU that is here is one for `device`, whose context must be current unless it is the first.
+    Raises BackendError naming the ONNX node or what the builder said, and what `supported_options` raises.
     """
     flavour = installed_flavour()
-    options = supported_options(options, flavour)
-    with _SINGLE_BUILD:
-        parsed = _parse(graph, flavour)
+    options = supported_options(options, flavour, device)
+    with listening(flavour) as logger:
+        parsed = _parse(graph, flavour, logger)
         config = _builder_config(parsed, options, flavour)
-        timings = None if flavour.name == _RTX else _attach_timing_cache(config, timing_cache)
+        timings = None if flavour.name == RTX else _attach_timing_cache(config, timing_cache)
         data = parsed.builder.build_serialized_network(parsed.network, config)
         if data is None:
             raise BackendError(
                 f"{flavour.name} {flavour.version} cannot build the plan: "
-                f"{'; '.join(parsed.logger.errors) or 'it gave no reason'}; "
+                f"{logger.said()}; "
                 "a larger workspace or fewer batch buckets may help"
             )
         kept = None if timings is None else bytes(timings.serialize())
@@ -259,8 +286,8 @@ def plan_from_onnx(graph: bytes, options: PlanOptions, timing_cache: bytes = b""
 
 def layer_types_from_onnx(graph: bytes) -> LayerTypes:
     """The types of the network that TensorRT parses from a serialised graph; builds nothing. Raises as `plan_from_onnx`."""
-    with _SINGLE_BUILD:
-        return _layer_types(_parse(graph, installed_flavour()).network)
+    with listening(flavour := installed_flavour()) as logger:
+        return _layer_types(_parse(graph, flavour, logger).network)
 
 
 class _Parsed(NamedTuple):
@@ -269,13 +296,10 @@ class _Parsed(NamedTuple):
     network: Any
     builder: Any
     parser: Any
-    logger: Any
 
 
-def _parse(graph: bytes, flavour: Flavour) -> _Parsed:
+def _parse(graph: bytes, flavour: Flavour, logger: Any) -> _Parsed:
     trt = flavour.module
-    logger = _logger(trt)
-    logger.errors.clear()
     builder = trt.Builder(logger)
     typed = trt.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")  # a version without it knows no other
     network = builder.create_network(0 if typed is None else 1 << int(typed))
@@ -287,7 +311,16 @@ def _parse(graph: bytes, flavour: Flavour) -> _Parsed:
         raise BackendError(
             f"the graph has {network.num_inputs} inputs; expected one, the image: export the bundle again"
         )
-    return _Parsed(network, builder, parser, logger)
+    return _Parsed(network, builder, parser)
+
+
+@contextlib.contextmanager
+def listening(flavour: Flavour) -> Iterator[Any]:
+    """The process's one logger, to be given to TensorRT; what it hears inside is the caller's: `said()`."""
+    with _LISTENING:
+        logger = _logger(flavour.module)
+        logger.errors.clear()
+        yield logger
 
 
 @functools.cache
@@ -297,11 +330,16 @@ def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            self.errors: deque[str] = deque(maxlen=8)
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.errors.append(message)
+
+        def said(self) -> str:
+            said = "; ".join(self.errors) or "it gave no reason"
+            self.errors.clear()
+            return said
 
     return Logger()
 
@@ -329,16 +367,19 @@ def _builder_config(parsed: _Parsed, options: PlanOptions, flavour: Flavour) -> 
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: "fp32" would execute TF32
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
-    if options.hardware_compatible:
+    if options.hardware_compatible and flavour.name != RTX:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
-    if flavour.name == _RTX:
-        config.num_compute_capabilities = len(options.targets)
-        for index, target in enumerate(options.targets):
+    if flavour.name == RTX:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else it may allocate in a stream that captures
+        # None named is NVIDIA's default: Ampere and later, those without a name too.
+        named = () if options.hardware_compatible else options.targets
+        config.num_compute_capabilities = len(named)
+        for index, target in enumerate(named):
             members = trt.ComputeCapability.__members__
             config.set_compute_capability(members.get(target.upper(), trt.ComputeCapability.CURRENT), index)
     image = parsed.network.get_input(0)

@@ -25,6 +25,7 @@ from thoraxrt.engine.backends.tensorrt_plan import (
     current_device,
     installed_flavour,
     layer_types_from_onnx,
+    listening,
     plan_from_onnx,
     supported_options,
 )
@@ -133,9 +134,17 @@ def test_one_plan_covers_several_gpus_and_each_bucket_adds_to_it() -> None:
     assert len({plan_from_onnx(graph, PlanOptions(buckets=(1,), targets=(t,))).data for t in ("sm75", "sm86")}) == 2
 
 
+def parse(flavour: Flavour) -> Any:
+    with listening(flavour) as logger:
+        return tensorrt_plan._parse(quantised_graph().SerializeToString(), flavour, logger)
+
+
+H100 = Device("NVIDIA H100", "sm90")  # TensorRT-RTX has no name for sm90
+
+
 def test_the_configuration_is_what_the_options_say(rtx: Flavour, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = rtx.module
-    parsed = tensorrt_plan._parse(quantised_graph().SerializeToString(), rtx)
+    parsed = parse(rtx)
     options = PlanOptions(targets=("sm86", "sm120"), optimization_level=1, workspace_mib=64, strip_weights=True)
     config = tensorrt_plan._builder_config(parsed, options, rtx)
     assert [config.get_compute_capability(index).name for index in range(2)] == ["SM86", "SM120"]
@@ -143,11 +152,29 @@ def test_the_configuration_is_what_the_options_say(rtx: Flavour, monkeypatch: py
     assert config.builder_optimization_level == 1
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
     assert config.get_flag(trt.BuilderFlag.STRIP_PLAN)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else no stream may capture it
     assert not config.get_flag(trt.BuilderFlag.TF32)  # fp32 means fp32
-    monkeypatch.setattr(tensorrt_plan, "current_device", lambda: Device("NVIDIA H100", "sm90"))
-    here = supported_options(PlanOptions(), rtx)
-    assert here.targets == ("sm90",)  # in the key, though TensorRT-RTX has no name for it
+    monkeypatch.setattr(tensorrt_plan, "current_device", lambda index: [Device("NVIDIA A10", "sm86"), H100][index])
+    here = supported_options(PlanOptions(), rtx, 1)
+    assert here.targets == ("sm90",)  # in the key, though it has no name
+    assert supported_options(here, rtx, 1) == here
     assert tensorrt_plan._builder_config(parsed, here, rtx).get_compute_capability(0) == trt.ComputeCapability.CURRENT
+    for targets in (("sm90",), ("sm86", "sm90")):
+        with pytest.raises(RequestError, match=r"target sm90: .* or without --target for this machine's GPU"):
+            supported_options(PlanOptions(targets=targets), rtx, 0)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_portable_plan_names_no_target_to_tensorrt_rtx(rtx: Flavour) -> None:
+    options = supported_options(PlanOptions(buckets=(1,), hardware_compatible=True), rtx)
+    assert options.targets == ("sm80", "sm86", "sm89", "sm120", "sm121")
+    assert supported_options(options, rtx) == options
+    assert tensorrt_plan._builder_config(parse(rtx), options, rtx).num_compute_capabilities == 0
+    graph = quantised_graph().SerializeToString()
+    named = plan_from_onnx(graph, msgspec.structs.replace(options, hardware_compatible=False)).data
+    assert plan_from_onnx(graph, options).data != named  # it covers more than those
+    with pytest.raises(RequestError, match="name no --target with it"):
+        supported_options(PlanOptions(targets=("sm86",), hardware_compatible=True), rtx)
 
 
 @pytest.mark.usefixtures("rtx")
@@ -215,7 +242,6 @@ def test_options_do_not_depend_on_order() -> None:
     ("values", "error", "message"),
     [
         ({"version_compatible": True}, RequestError, "version compatibility: tensorrt_rtx"),
-        ({"hardware_compatible": True}, RequestError, "hardware compatibility: tensorrt_rtx"),
         ({"strip_weights": True}, BackendUnavailableError, "weight stripping needs a GPU"),
         ({"targets": ("sm86", "sm87")}, RequestError, "target sm87: .* sm86, sm89"),
         ({"targets": ()}, BackendUnavailableError, "without --target needs a GPU"),
@@ -233,7 +259,7 @@ def test_options_that_the_flavour_lacks_are_refused_by_name_before_building(
 
 def test_full_tensorrt_compiles_for_the_gpu_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
     full = Flavour(None, "tensorrt", "10.3.0")
-    monkeypatch.setattr(tensorrt_plan, "current_device", lambda: Device("NVIDIA A10", "sm86"))
+    monkeypatch.setattr(tensorrt_plan, "current_device", lambda index: Device("NVIDIA A10", "sm86"))
     options = PlanOptions(version_compatible=True, hardware_compatible=True, strip_weights=True)
     assert supported_options(options, full) == msgspec.structs.replace(options, targets=("sm86",))
     assert supported_options(PlanOptions(targets=("sm86",)), full).targets == ("sm86",)
@@ -259,7 +285,8 @@ def test_the_installed_flavour_is_found_and_an_old_or_missing_one_is_named(monke
 DRIVER = """
 #include <string.h>
 int cuInit(unsigned flags) { return 0; }
-int cuDeviceGet(int *device, int ordinal) { *device = 7; return DEVICES ? 0 : 101; }
+int cuDeviceGetCount(int *count) { *count = DEVICES; return DEVICES ? 0 : 100; }
+int cuDeviceGet(int *device, int ordinal) { *device = 6 + ordinal; return 0; }
 int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "Paper GPU", length); return device != 7; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     *value = attribute == 75 ? 12 : attribute == 76 ? 1 : -1;
@@ -269,7 +296,14 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build a driver's stand-in with")
-@pytest.mark.parametrize(("devices", "said"), [(1, "Device(name='Paper GPU', architecture='sm121')"), (0, "error 101")])
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        (2, "Device(name='Paper GPU', architecture='sm121')"),
+        (1, "there is no cuda:1: the GPUs that this process sees end with cuda:0"),
+        (0, "cuDeviceGetCount gives error 100"),
+    ],
+)
 def test_the_gpu_is_asked_from_the_driver(devices: int, said: str, tmp_path: Path) -> None:
     (tmp_path / "driver.c").write_text(DRIVER)
     subprocess.run(
@@ -278,8 +312,8 @@ def test_the_gpu_is_asked_from_the_driver(devices: int, said: str, tmp_path: Pat
     )
     code = (
         "from thoraxrt.engine.backends.tensorrt_plan import current_device\n"
-        "from thoraxrt.engine.errors import BackendUnavailableError\n"
-        "try:\n    print(current_device())\nexcept BackendUnavailableError as error:\n    print(error)"
+        "from thoraxrt.engine.errors import ThoraxrtError\n"
+        "try:\n    print(current_device(1))\nexcept ThoraxrtError as error:\n    print(error)"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -335,7 +369,7 @@ def test_every_call_made_to_full_tensorrt_exists_in_its_oldest_and_newest_versio
     used: set[tuple[str, str, int | None]] = set()
     full = Flavour(Recorder(rtx.module, "", used), "tensorrt", "10.3.0")
     monkeypatch.setattr(tensorrt_plan, "installed_flavour", lambda: full)
-    monkeypatch.setattr(tensorrt_plan, "current_device", lambda: Device("NVIDIA A10", "sm86"))
+    monkeypatch.setattr(tensorrt_plan, "current_device", lambda index: Device("NVIDIA A10", "sm86"))
     graph = quantised_graph()
     plan = plan_from_onnx(graph.SerializeToString(), PlanOptions(hardware_compatible=True, workspace_mib=4096))
     assert plan.timing_cache is not None
@@ -345,8 +379,7 @@ def test_every_call_made_to_full_tensorrt_exists_in_its_oldest_and_newest_versio
     with pytest.raises(BackendError, match="lean"):  # as far as RTX goes
         plan_from_onnx(quantised_graph().SerializeToString(), PlanOptions(version_compatible=True))
     every_option = PlanOptions(targets=("sm86",), strip_weights=True, version_compatible=True)
-    parsed = tensorrt_plan._parse(quantised_graph().SerializeToString(), full)
-    tensorrt_plan._builder_config(parsed, every_option, full)
+    tensorrt_plan._builder_config(parse(full), every_option, full)
 
     assert {
         ("IBuilderConfig", "set_timing_cache", 2),
