@@ -72,6 +72,12 @@ _THREADS, _UNITS, _STEPS = 256, 512, 64  # threads of a block; 16-pixel units, a
 _SLOTS = 64  # regions of one map
 
 _PRECISION_BITS = 32 - 8 - 2  # Resample.c
+
+_MOST_SHRINKING = 4000
+"""Taps are then 8,001 at most. Each is rounded by half a unit at most, so that their sum is at most 2^22 + 4,001,
+and 255 everywhere gives less than 256 after rounding: the kernel need not clip as Pillow does. One column's window
+is 2,003 words at most, which a chunk in shared memory holds."""
+
 _SHARED_BYTES = 48 << 10  # what every GPU grants a block unasked
 
 
@@ -124,10 +130,15 @@ def source() -> str:
 def resampling(geometry: Geometry) -> Resampling:
     """The coefficients for one source size, kept for the next image of that size.
 
-    Raises ImageLimitError where one side shrinks so much (4,000 times) that the kernel's integers
-    would not hold it.
+    Raises ImageLimitError where one side shrinks more than 4,000 times, which the kernel's integers and
+    shared memory are not made for.
     """
     g = geometry
+    if max(g.source_width / g.resized_width, g.source_height / g.resized_height) > _MOST_SHRINKING:
+        raise ImageLimitError(
+            f"the image is {g.width} x {g.height} pixels, resized to {g.resized_width} x {g.resized_height}; "
+            f"expected each side to shrink at most {_MOST_SHRINKING} times: send it reduced"
+        )
     columns = _taps(g.source_width, g.resized_width, g.left, g.size)
     rows = _taps(g.source_height, g.resized_height, g.top, g.size)
     steps, spans = _steps(rows, grows=g.resized_height > g.source_height)
@@ -135,12 +146,7 @@ def resampling(geometry: Geometry) -> Resampling:
     # source) decides how many a window touches: for 1024 to 256 pixels 2 instead of 3.
     words, phase = min((int((-(-(columns.ends + p) // 4) - (columns.starts + p) // 4).max()), p) for p in range(4))
     first = (columns.starts + phase) // 4
-    widest = next((n for n in _COLUMN_CHOICES if _units(first, words, n) <= _UNITS), 0)
-    if not widest:
-        raise ImageLimitError(
-            f"the image is {g.width} x {g.height} pixels; expected a side of at most 4,000 times the network's input: "
-            "send it reduced"
-        )
+    widest = next(n for n in _COLUMN_CHOICES if _units(first, words, n) <= _UNITS)
     weights = np.zeros((g.size, 4 * words), np.uint32)
     taps = np.arange(columns.weights.shape[1])
     place = (columns.starts + phase - 4 * first)[:, np.newaxis] + taps  # (S, taps)
@@ -195,11 +201,6 @@ def _taps(source: int, resized: int, first: int, size: int) -> _Taps:
     weights[x >= high[:, np.newaxis]] = 0.0
     weights /= np.cumsum(weights, axis=1)[:, -1:]  # cumsum adds one after the other, as Pillow does
     whole = (0.5 + weights * (1 << _PRECISION_BITS)).astype(np.int64)
-    # Pillow clips its sums to 0..255; the kernel need not, since 255 everywhere still gives less than 256.
-    if int(whole.sum(axis=1).max()) * 255 + (1 << (_PRECISION_BITS - 1)) >= 1 << (_PRECISION_BITS + 8):
-        raise ImageLimitError(
-            f"a side of {source} pixels becomes {resized}; expected at most 8,000 times as many: send it reduced"
-        )
     skip = (whole > 0).argmax(axis=1)
     last = whole.shape[1] - (whole[:, ::-1] > 0).argmax(axis=1)  # (S,)
     shifted = np.take_along_axis(
@@ -283,11 +284,12 @@ def boxes_launch(
     """The boxes kernel's launch for CAMs `(images, findings, height, width)` and an input of `size` pixels a side.
 
     `capacity` is the regions that `results_dtype` holds for the whole batch; `min_area` as `BoxSpec`'s,
-    a share of the input. Raises ValueError where a size is beyond 4096.
+    a share of the input. A map has room for runs of 4 `size` and a bit more, less from 1,300 pixels on
+    (860 at 4096): then large regions are flagged `OVERFLOW`. Raises ValueError for a size beyond 4096.
     """
     if not 1 <= size <= 4096:
         raise ValueError(f"boxes on an input of {size} pixels a side: expected 1 to 4096")
-    fixed = 64 + 8 * size + 40 * _SLOTS
+    fixed = -(-(64 + 32 * _SLOTS + 8 * size) // 16) * 16  # kernels.cu: Map, Slots, positions and last runs
     runs = min(4 * size + 64, (_SHARED_BYTES - fixed) // 16)  # of mask pixels, down the columns
     return Launch(
         kernel="boxes",
