@@ -25,7 +25,7 @@ from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Decoder, Radiograph, ThreadDecoder
 from thoraxrt.engine.errors import BackendError, ImageError, ImageFormatError, RequestError, ThoraxrtError
 from thoraxrt.engine.execute import DeviceRadiograph, Executor, Output, Pending, Picture, open_executor
-from thoraxrt.engine.postprocess import Finding, findings_from_logits
+from thoraxrt.engine.postprocess import Finding, findings_from_logits, thresholds
 from thoraxrt.engine.profile import Profile, span
 
 __all__ = ["Engine", "Prediction", "Source", "image_files", "read_image"]
@@ -99,6 +99,7 @@ class Engine:
         self.batch = batch
         self._executor = executor
         self._profile = profile
+        self._thresholds = thresholds(self.manifest.operating_points, self.manifest.activation)
         self._closed = False
 
     @classmethod
@@ -188,7 +189,8 @@ class Engine:
     ) -> Prediction | ThoraxrtError:
         if isinstance(output, ThoraxrtError):
             return output
-        answers = findings_from_logits(output.logits, self.manifest.operating_points, self.manifest.activation)
+        manifest = self.manifest
+        answers = findings_from_logits(output.logits, manifest.operating_points, manifest.activation, self._thresholds)
         return Prediction(
             width=picture.width,
             height=picture.height,

@@ -168,14 +168,19 @@ def reported(
 
 
 def findings_from_logits(
-    logits: npt.NDArray[np.float32], operating_points: Sequence[OperatingPoint], activation: Activation
+    logits: npt.NDArray[np.float32],
+    operating_points: Sequence[OperatingPoint],
+    activation: Activation,
+    cuts: npt.NDArray[np.float32] | None = None,
 ) -> tuple[Finding, ...]:
     """The findings of one image, in label order.
 
-    `logits` is float32 `(C,)`, in the order of `operating_points`; see `reported`.
+    `logits` is float32 `(C,)`, in the order of `operating_points`; see `reported`. `cuts` are the
+    points' `thresholds`, for a caller who has many images.
     """
+    cuts = thresholds(operating_points, activation) if cuts is None else cuts
     log_odds = activation.log_odds(logits).tolist()
-    shown = reported(logits, thresholds(operating_points, activation), activation).tolist()
+    shown = reported(logits, cuts, activation).tolist()
     return tuple(
         Finding(
             finding=point.finding, probability=activation.probability(value, index), logit=logit, reported=is_reported
