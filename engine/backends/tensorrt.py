@@ -155,6 +155,7 @@ class Network:
         self._memory: Memory | None = None
         self._engine: Any = None
         self._kernels: Any = None
+        self._kept = b""
         self._contexts: dict[int, Any] = {}
         self._stream = gpu.stream()
         try:
@@ -221,8 +222,9 @@ class Network:
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         self._kernels = config.create_runtime_cache()
-        if kept := self._cache.kernels(self._cached, self._gpu.name):
-            self._kernels.deserialize(kept)  # False: of another driver or runtime, and compiled again
+        self._kept = self._cache.kernels(self._cached, self._gpu.name)
+        if self._kept:
+            self._kernels.deserialize(self._kept)  # False: of another driver or runtime, and compiled again
         config.set_runtime_cache(self._kernels)
         return config
 
@@ -258,14 +260,14 @@ class Network:
 
     def _keep_kernels(self) -> None:
         """Keep what TensorRT-RTX compiled for this GPU, where the cache can be written."""
-        if self._kernels is None:
+        made = None if self._kernels is None else self._kernels.serialize()
+        if made is None or bytes(made) == self._kept:
             return
-        made = bytes(self._kernels.serialize())
-        if made != self._cache.kernels(self._cached, self._gpu.name):
-            try:
-                self._cache.keep_kernels(self._cached, self._gpu.name, made)
-            except BundleError as error:
-                _log.info("what TensorRT-RTX compiled is not kept, and is compiled again next time: %s", error)
+        self._kept = bytes(made)
+        try:
+            self._cache.keep_kernels(self._cached, self._gpu.name, self._kept)
+        except BundleError as error:
+            _log.info("what TensorRT-RTX compiled is not kept, and is compiled again next time: %s", error)
 
     def close(self) -> None:
         """Wait for what runs, then free the contexts, the engine and the memory; twice is harmless."""
