@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format proto clean
+.PHONY: demo test check format proto gpu-check clean
 
 demo: $(INSTALLED)  ## the main job on phantoms, from a checkpoint to a picture
 	$(BIN)/thoraxrt demo --out demo
@@ -24,6 +24,10 @@ format: $(INSTALLED)
 
 proto: $(INSTALLED)  ## regenerate the wire contract's code
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. thoraxrt/proto/v1/*.proto
+
+gpu-check:  ## what needs a GPU, tested and measured; PART=tests|speed|peers, IMAGES=a folder of radiographs; see benchmarks/gpu.py
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) \
+		-m thoraxrt.benchmarks.gpu $(if $(PART),--part $(PART)) $(if $(IMAGES),--images $(IMAGES))
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,422 @@
+"""How fast the engine is on this GPU: each stage alone, and decoded pixels to findings and boxes.
+
+Device times come from events, medians over repeats after a warm-up; inputs rotate, so that no figure is that of
+one buffer in the cache. Beside each stands its floor by this card's own ceilings, measured here first: a large
+copy on the device (bytes read and written counted), a large FP16 product, a large copy from page-locked memory.
+`python -m thoraxrt.benchmarks.gpu_speed SAID SECONDS [IMAGES]` reports to the file SAID.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from thoraxrt.benchmarks.gpu import Said
+from thoraxrt.benchmarks.gpu_kernels import DeviceBatch, fewest_bytes
+from thoraxrt.benchmarks.gpu_model import BUNDLE, pixels
+from thoraxrt.engine.backends import tensorrt
+from thoraxrt.engine.backends.onnxruntime import open as open_onnxruntime
+from thoraxrt.engine.bundle import Bundle
+from thoraxrt.engine.cuda.cuda import Gpu, Graph, Stream
+from thoraxrt.engine.cuda.kernels import source
+from thoraxrt.engine.cuda.pipeline import Network
+from thoraxrt.engine.decode import Radiograph
+from thoraxrt.engine.engine import Engine, Prediction
+from thoraxrt.engine.errors import ThoraxrtError
+from thoraxrt.engine.preprocess import network_input
+from thoraxrt.export.graph import IMAGENET, ServedNetwork
+from thoraxrt.export.networks import CxrNetwork, DenseNet
+
+__all__ = [
+    "NetworkTimes",
+    "Work",
+    "copy_to_device_gb_s",
+    "device_milliseconds",
+    "images_per_second",
+    "latencies_ms",
+    "network_milliseconds",
+    "network_work",
+]
+
+_COPY: Final = 256 << 20  # bytes, five times the L2 of an H200
+_SETS: Final = 4  # batches that the kernels rotate among: 4 x 32 MiB do not fit the L2 either
+
+
+# --- measuring -------------------------------------------------------------------------------------
+
+
+def device_milliseconds(
+    gpu: Gpu,
+    steps: Sequence[Callable[[Stream], None]],
+    repeats: int,
+    prepare: Callable[[Stream, int], None] | None = None,
+) -> list[float]:
+    """Device time of each repeat, milliseconds by events; repeat i runs `steps[i % len(steps)]`.
+
+    `prepare` puts what is not to be timed before repeat i. Everything is enqueued without waiting, so that
+    the device never waits for the host once a few repeats are queued; the first tenth is warm-up and left out.
+    """
+    warm = max(repeats // 10, 3)
+    with gpu.stream() as stream:
+        events = [(gpu.event(timing=True), gpu.event(timing=True)) for _ in range(warm + repeats)]
+        for index, (start, end) in enumerate(events):
+            if prepare is not None:
+                prepare(stream, index)
+            stream.record(start)
+            steps[index % len(steps)](stream)
+            stream.record(end)
+        stream.synchronize()
+        times = [end.milliseconds_since(start) for start, end in events]
+        for event in itertools.chain.from_iterable(events):
+            event.close()
+    return times[warm:]
+
+
+def copy_to_device_gb_s(gpu: Gpu, size: int = _COPY, repeats: int = 20) -> float:
+    """Bytes per nanosecond from page-locked memory to the device, one copy at a time: the median."""
+    with gpu.pinned(size) as pinned, gpu.memory(size) as memory:
+        pinned.array[:] = np.arange(size, dtype=np.uint8)
+        times = device_milliseconds(
+            gpu, [lambda stream: stream.to_device(memory.address, pinned.address, size)], repeats
+        )
+    return size / statistics.median(times) / 1e6
+
+
+class NetworkTimes(NamedTuple):
+    """One bucket's inference as a captured graph: device time, and from launch to known result, milliseconds."""
+
+    device: list[float]
+    waited_for: list[float]
+
+
+def network_milliseconds(
+    gpu: Gpu, network: Network, inputs: npt.NDArray[np.uint8], labels: int, repeats: int
+) -> dict[int, NetworkTimes]:
+    """The network alone at each of its buckets; a new input is copied in, untimed, before each launch.
+
+    `inputs` are uint8 `(M, 1, S, S)`, at least as many as the largest bucket. Binds the network's addresses,
+    which nobody else may have done.
+    """
+    largest, image_bytes = network.buckets[-1], inputs[0].nbytes
+    height, width = network.cam_shape
+    times = {}
+    with (
+        gpu.pinned(inputs.nbytes) as pinned,
+        gpu.memory(largest * image_bytes) as image,
+        gpu.memory(largest * labels * 4) as logits,
+        gpu.memory(largest * labels * height * width * 4) as cam,
+        gpu.stream() as stream,
+    ):
+        pinned.array[:] = inputs.reshape(-1)
+        network.bind(image.address, logits.address, cam.address)
+        for bucket in network.buckets:
+            offsets = range(0, (len(inputs) - bucket + 1) * image_bytes, image_bytes)
+
+            def copy(to: Stream, index: int, offsets: range = offsets, size: int = bucket * image_bytes) -> None:
+                to.to_device(image.address, pinned.address + offsets[index % len(offsets)], size)
+
+            copy(stream, 0)
+            network.enqueue(bucket, stream.handle)  # once uncaptured: whatever is made at first use is made here
+            stream.synchronize()
+            with gpu.graph(lambda captured, bucket=bucket: network.enqueue(bucket, captured.handle)) as graph:  # type: ignore[misc]
+                device = device_milliseconds(gpu, [graph.launch], repeats, copy)
+                times[bucket] = NetworkTimes(device, _waited_for(stream, graph, copy, repeats))
+    return times
+
+
+def _waited_for(stream: Stream, graph: Graph, copy: Callable[[Stream, int], None], repeats: int) -> list[float]:
+    times = []
+    for index in range(repeats):
+        copy(stream, index)
+        stream.synchronize()
+        start = time.perf_counter()
+        graph.launch(stream)
+        stream.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def kernel_milliseconds(gpu: Gpu, batches: Sequence[DeviceBatch], name: str, repeats: int) -> list[float]:
+    """A kernel's device time, `geometry` or `boxes`, a launch a batch in turn, captured so that no gap is timed."""
+    rounds = 4
+
+    def all_of(stream: Stream) -> None:
+        for _, batch in itertools.product(range(rounds), batches):
+            (batch.geometry if name == "geometry" else batch.boxes)(stream)
+
+    def reset(stream: Stream, _: int) -> None:
+        for batch in batches:
+            batch.reset(stream)
+
+    with gpu.graph(all_of) as graph:
+        return [time / (rounds * len(batches)) for time in device_milliseconds(gpu, [graph.launch], repeats, reset)]
+
+
+def latencies_ms(predict: Callable[[Any], object], images: Sequence[Any], calls: int) -> list[float]:
+    """Milliseconds of the host's clock for each call on one image, the images in turn; a tenth is warm-up."""
+    times = []
+    for index in range(calls + calls // 10):
+        start = time.perf_counter()
+        predict(images[index % len(images)])
+        times.append(1000 * (time.perf_counter() - start))
+    return times[calls // 10 :]
+
+
+def images_per_second(
+    predict: Callable[[Iterable[Any]], Iterable[Any]], images: Sequence[Any], seconds: float
+) -> float:
+    """How many images a stream of them gives answers for; the first second or tenth of them is warm-up.
+
+    `predict` takes images and yields an answer each. Raises the first error among the answers.
+    """
+    start = time.perf_counter()
+    end = start + seconds
+
+    def until_the_end() -> Iterator[Any]:
+        yield from itertools.takewhile(lambda _: time.perf_counter() < end, itertools.cycle(images))
+
+    warm, done, last = start + seconds / 5, 0, start
+    began = None
+    for answer in predict(until_the_end()):
+        if isinstance(answer, ThoraxrtError):
+            raise answer
+        last = time.perf_counter()
+        if began is not None:
+            done += 1
+        elif last >= warm:
+            began = last
+    if not done or began is None:
+        raise ValueError(f"no answer within {seconds} s, or all at once: measure for longer")
+    return done / (last - began)
+
+
+# --- ceilings and floors ---------------------------------------------------------------------------
+
+
+class Work(NamedTuple):
+    """What one image takes through the convolutions of a network: operations, weights and activations."""
+
+    operations: int
+    weights: int
+    activations: int
+    """Elements that layers read and write, each layer's input once and its output once."""
+
+    def floor_ms(self, batch: int, operations_per_s: float, bytes_per_s: float, item: int = 2) -> float:
+        """The least time of a batch, where nothing is recomputed and convolutions are not fused with each other."""
+        moved = (self.weights + batch * self.activations) * item
+        return 1000 * max(batch * self.operations / operations_per_s, moved / bytes_per_s)
+
+
+def network_work(network: CxrNetwork, size: int) -> Work:
+    """Count what a network does, at an input of `size` pixels a side, without computing it."""
+    served = ServedNetwork(network, IMAGENET, size).to("meta")
+    operations, activations = 0, 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal operations, activations
+        assert isinstance(module, nn.Conv2d)
+        operations += 2 * output[0].numel() * module.weight[0].numel()
+        activations += inputs[0][0].numel() + output[0].numel()
+
+    for module in served.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        served(torch.zeros(1, 1, size, size, dtype=torch.uint8, device="meta"))
+    return Work(operations, sum(weight.numel() for weight in served.parameters()), activations)
+
+
+class Ceilings(NamedTuple):
+    """What this card does at best, measured: bytes per second on it and to it, FP16 operations per second."""
+
+    copy: float
+    to_device: float
+    fp16: float
+
+
+def _torch_seconds(work: Callable[[], object], repeats: int = 20) -> float:
+    """The median device time of a call to torch, by events."""
+    event: Any = torch.cuda.Event
+    events = [[event(enable_timing=True) for _ in range(2)] for _ in range(repeats + 3)]
+    for start, end in events:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return float(statistics.median(start.elapsed_time(end) for start, end in events[3:])) / 1000
+
+
+def ceilings(gpu: Gpu) -> Ceilings:
+    """Measure them; on random values, since zeros can be faster."""
+    found = Ceilings(_copy_on_the_device(), 1e9 * copy_to_device_gb_s(gpu), _fp16_product())
+    torch.cuda.empty_cache()
+    return found
+
+
+def _copy_on_the_device() -> float:
+    here, there = (torch.randint(0, 255, (4 * _COPY,), dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * len(here) / _torch_seconds(lambda: there.copy_(here))
+
+
+def _fp16_product(side: int = 8192) -> float:
+    a, b = (torch.randn(side, side, dtype=torch.float16, device="cuda") for _ in range(2))
+    return 2 * side**3 / _torch_seconds(lambda: a @ b)
+
+
+# --- the part --------------------------------------------------------------------------------------
+
+
+def _network_alone(said: Said, bundle: Bundle, precision: str, inputs: npt.NDArray[np.uint8], best: Ceilings) -> float:
+    """Report the network alone; gives its best rate in images per second."""
+    with contextlib.closing(tensorrt.open(bundle, precision)) as backend:
+        labels = len(bundle.manifest.labels)
+        times = network_milliseconds(backend.gpu, backend.network, inputs, labels, 200)
+        if precision == "int8":
+            said.fact(int8_layers=_executed_types(backend.network.layers()))
+    work = network_work(DenseNet(num_classes=labels), bundle.manifest.preprocess.input_size)
+    medians = {bucket: statistics.median(time.device) for bucket, time in times.items()}
+    for bucket, ms in medians.items():
+        floor = work.floor_ms(bucket, best.fp16, best.copy, 1 if precision == "int8" else 2)
+        said.figure(
+            "speed",
+            f"network alone, {precision}, batch {bucket}, p50",
+            "ms",
+            ms,
+            floor=f"{floor:.3f} ms" if precision == "fp16" else "",
+            note=f"launch to result {statistics.median(times[bucket].waited_for):.3f} ms",
+        )
+    batch = max(medians, key=lambda bucket: bucket / medians[bucket])
+    rate = 1000 * batch / medians[batch]
+    floor = 1000 * batch / work.floor_ms(batch, best.fp16, best.copy)
+    said.figure(
+        *("speed", f"network alone, {precision}, best batch", "images/s", rate),
+        floor=f"{floor:,.0f} images/s" if precision == "fp16" else "",
+        note=f"batch {batch}",
+    )
+    return rate
+
+
+def _executed_types(layers: str) -> dict[str, int]:
+    """How many fused layers read each type, by TensorRT's own account: whether INT8 is executed as INT8."""
+    counts: Counter[str] = Counter()
+    for layer in json.loads(layers).get("Layers", ()):
+        if isinstance(layer, dict):
+            counts[", ".join(sorted({str(tensor.get("Format/Datatype")) for tensor in layer.get("Inputs", ())}))] += 1
+    return dict(counts)
+
+
+def _kernels(said: Said, gpu: Gpu, bundle: Bundle, images: Sequence[npt.NDArray[np.uint8]], best: Ceilings) -> None:
+    """Report both kernels at batch 32, on the CAMs that the network makes of these images."""
+    spec, boxes = bundle.manifest.preprocess, bundle.manifest.boxes
+    with contextlib.closing(open_onnxruntime(bundle, "fp32")) as oracle:
+        inputs = np.stack([network_input(image, spec) for image in images[:32]])
+        cams = np.asarray(oracle.run(inputs).cam, np.float32)  # (32, C, h, w)
+    module = gpu.module(source())
+    groups = [images[32 * index : 32 * index + 32] for index in range(_SETS)]
+    batches = [
+        DeviceBatch(gpu, module, group, np.roll(cams, index, 0), spec, boxes) for index, group in enumerate(groups)
+    ]
+    for batch in batches:
+        batch.run()
+    moved = fewest_bytes(groups[0], spec)
+    geometry = statistics.median(kernel_milliseconds(gpu, batches, "geometry", 50))
+    said.figure(
+        *("speed", "geometry, batch 32 resident", "% of copy bandwidth", 100 * moved / (geometry / 1000) / best.copy),
+        floor=f"{1000 * moved / best.copy:.3f} ms",
+        note=f"{geometry:.3f} ms for {moved / 1e6:.1f} MB",
+    )
+    time_of_boxes = statistics.median(kernel_milliseconds(gpu, batches, "boxes", 50))
+    said.figure(
+        *("speed", f"boxes, batch 32 x {cams.shape[1]} maps", "ms", time_of_boxes),
+        floor=f"{1000 * cams.nbytes / best.copy:.4f} ms for the maps' bytes; else one launch",
+    )
+    for batch in batches:
+        batch.close()
+
+
+def _whole(
+    said: Said, bundle: Bundle, radiographs: Sequence[Radiograph], network: float | None, best: Ceilings
+) -> None:
+    """Report decoded pixels to findings and boxes, through the engine."""
+    with Engine.open(bundle, backend="tensorrt", precision="fp16", device="cuda:0") as engine:
+        times = latencies_ms(lambda one: _checked(engine.predict_batch([one])), radiographs, 1000)
+    p50, p99 = np.percentile(times, [50, 99]).tolist()
+    said.figure("speed", "pixels to findings and boxes, batch 1, p50", "ms", p50)
+    said.figure("speed", "pixels to findings and boxes, batch 1, p99", "ms", p99)
+    rates = {}
+    for batch in (32, 64, 128):
+        with Engine.open(bundle, backend="tensorrt", precision="fp16", device="cuda:0", batch=batch) as engine:
+            rates[batch] = images_per_second(engine.predict, radiographs, 4.0)
+        said.figure("speed", f"pixels to findings and boxes, batch {batch}", "images/s", rates[batch])
+    copied = best.to_device / statistics.mean(radiograph.pixels.nbytes for radiograph in radiographs)
+    batch, rate = max(rates.items(), key=lambda item: item[1])
+    slower = min(copied, network) if network else None
+    said.figure(
+        "speed",
+        "pixels to findings and boxes, best batch",
+        "% of the slower of network and copy",
+        100 * rate / slower if slower else None,
+        floor=f"network {network or float('nan'):,.0f}, copy {copied:,.0f} images/s",
+        note=f"batch {batch}: {rate:,.0f} images/s" + ("" if network else "; the network alone was not measured"),
+    )
+
+
+def _checked(answers: Sequence[Prediction | ThoraxrtError]) -> None:
+    for answer in answers:
+        if isinstance(answer, ThoraxrtError):
+            raise answer
+
+
+def main(said: Said, work: Path, folder: Path | None) -> None:
+    """Measure everything; a stage that fails is reported with its reason, and the others go on."""
+    bundle = Bundle.open(work / BUNDLE)
+    images = pixels(folder, 32 * _SETS)
+    failed: list[str] = []
+
+    @contextlib.contextmanager
+    def stage(name: str) -> Iterator[None]:
+        print(name, flush=True)
+        try:
+            yield
+        except Exception as error:  # whatever it is, it belongs into the report
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            print(f"  failed: {failed[-1]}", flush=True)
+
+    network: float | None = None
+    with Gpu.open(0) as gpu:
+        print("ceilings", flush=True)
+        best = ceilings(gpu)
+        said.figure("speed", "ceiling: copy on the device", "GB/s", best.copy / 1e9)
+        said.figure("speed", "ceiling: copy to the device", "GB/s", best.to_device / 1e9)
+        said.figure("speed", "ceiling: FP16 product", "TFLOP/s", best.fp16 / 1e12)
+        with stage("kernels"):
+            _kernels(said, gpu, bundle, images, best)
+    inputs = np.stack([network_input(image, bundle.manifest.preprocess) for image in images])
+    inputs = np.concatenate([inputs, inputs[::-1]])  # more than the largest bucket, so that batches differ
+    with stage("network alone, fp16"):
+        network = _network_alone(said, bundle, "fp16", inputs, best)
+    radiographs = [Radiograph.from_pixels(image) for image in images]
+    with stage("pixels to findings and boxes"):
+        _whole(said, bundle, radiographs, network, best)
+    with stage("network alone, int8"):
+        _network_alone(said, bundle, "int8", inputs, best)
+    if failed:
+        raise SystemExit("; ".join(failed))
+
+
+if __name__ == "__main__":
+    arguments = [Path(argument) for argument in sys.argv[1:]]
+    main(Said(arguments[0]), arguments[0].parent, arguments[2] if len(arguments) > 2 else None)
