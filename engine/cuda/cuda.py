@@ -70,9 +70,6 @@ _LOST: Final = frozenset(
 )  # fmt: skip
 """The codes after which the context is unusable."""
 
-_STATIC_SHARED: Final = 48 << 10
-"""Bytes of shared memory that a block has without asking (CUDA C++ Programming Guide, compute capabilities)."""
-
 _guard = threading.Lock()
 _lost: set[int] = set()
 """Devices whose context was lost and has not been opened again."""
@@ -226,12 +223,17 @@ class Gpu:
                     raise translated from error
 
     @contextmanager
-    def _driving(self, purpose: str) -> Iterator[None]:
+    def _driving(self, purpose: str, *used: _Owned) -> Iterator[None]:
         """The context current in this thread, and errors made ours; `purpose` follows "cuda:0 failed"."""
         if self._closed:
             raise DeviceError(f"{self} is closed; open it again")
         if self.index in _lost:
             raise DeviceError(f"{self} was lost to an earlier error; close this and open it again", lost=True)
+        for owned in used:
+            if owned not in self._owned:
+                raise DeviceError(
+                    f"a {type(owned).__name__.lower()} is closed, or not of this Gpu ({self}): make another"
+                )
         try:
             self._device.set_current()
             yield
@@ -284,7 +286,7 @@ def _reset(index: int, others: int) -> None:
     """Reset a lost primary context, and prove that it computes; see the module's docstring."""
     if others:
         raise DeviceError(
-            f"cuda:{index} was lost, and {others} other engines still hold it: close them before it is opened again",
+            f"cuda:{index} was lost, and others still hold it: close them ({others}) before it is opened again",
             lost=True,
         )
     core, driver = _cuda("core"), _cuda("bindings.driver")
@@ -364,17 +366,17 @@ class Event(_Owned):
 
     def done(self) -> bool:
         """Whether the work before the last record is done; True where nothing was recorded."""
-        with self._gpu._driving("in earlier work"):
+        with self._gpu._driving("in earlier work", self):
             return bool(self._event.is_done)
 
     def synchronize(self) -> None:
         """Wait until the work before the last record is done."""
-        with self._gpu._driving("in earlier work"):
+        with self._gpu._driving("in earlier work", self):
             self._event.sync()
 
     def milliseconds_since(self, other: Event) -> float:
         """Device time from `other` to this; both made with `timing`, recorded and done."""
-        with self._gpu._driving("to tell the time between two events"):
+        with self._gpu._driving("to tell the time between two events", self, other):
             return float(self._event - other._event)
 
     def _release(self) -> None:
@@ -392,32 +394,31 @@ class Stream(_Owned):
             self._stream = gpu._device.create_stream()
             self._cuda_handle = self._stream.handle
         self.handle = int(self._cuda_handle)
-        self._captured: list[Any] | None = None  # the kernels that a graph being captured must keep loaded
         super().__init__(gpu)
 
     def wait(self, event: Event) -> None:
         """Let later work here wait for the work before the event's last record."""
-        with self._gpu._driving("to wait for an event"):
+        with self._gpu._driving("to wait for an event", self, event):
             self._stream.wait(event._event)
 
     def record(self, event: Event) -> None:
         """Set the event to this point."""
-        with self._gpu._driving("to record an event"):
+        with self._gpu._driving("to record an event", self, event):
             self._stream.record(event._event)
 
     def to_device(self, address: int, host_address: int, size: int) -> None:
         """Copy `size` bytes from page-locked host memory, which must not change until that is done."""
-        with self._gpu._driving("to copy to the device"):
+        with self._gpu._driving("to copy to the device", self):
             _value(_cuda("bindings.driver").cuMemcpyHtoDAsync(address, host_address, size, self._cuda_handle))
 
     def to_host(self, host_address: int, address: int, size: int) -> None:
         """Copy `size` bytes to page-locked host memory, which says nothing until that is done."""
-        with self._gpu._driving("to copy to the host"):
+        with self._gpu._driving("to copy to the host", self):
             _value(_cuda("bindings.driver").cuMemcpyDtoHAsync(host_address, address, size, self._cuda_handle))
 
     def fill(self, address: int, value: int, size: int) -> None:
         """Set `size` bytes of device memory to `value`, 0..255."""
-        with self._gpu._driving("to fill memory"):
+        with self._gpu._driving("to fill memory", self):
             _value(_cuda("bindings.driver").cuMemsetD8Async(address, value, size, self._cuda_handle))
 
     def launch(
@@ -430,16 +431,13 @@ class Stream(_Owned):
     ) -> None:
         """Run a kernel with `shared_bytes` of dynamic shared memory; an int is an address, a numpy scalar itself."""
         core = _cuda("core")
-        with self._gpu._driving(f"to launch {kernel.name}"):
-            kernel._allow(shared_bytes)
+        with self._gpu._driving(f"to launch {kernel.name}", self):
             config = core.LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
             core.launch(self._stream, config, kernel._kernel, *args)
-        if self._captured is not None:
-            self._captured.append(kernel._kernel)
 
     def synchronize(self) -> None:
         """Wait until all work put here is done."""
-        with self._gpu._driving("in earlier work"):
+        with self._gpu._driving("in earlier work", self):
             self._stream.sync()
 
     def _release(self) -> None:
@@ -506,20 +504,32 @@ def cubin_from_source(source: str, architecture: str) -> bytes:
         raise DeviceError(f"NVRTC cannot compile the kernels for {target}: {error}") from error
 
 
+@functools.cache
+def _code_from_cubin(cubin: bytes) -> Any:
+    """Loaded once per process: `cuda-core` never unloads, and what is loaded belongs to no context."""
+    code = _cuda("core").ObjectCode.from_cubin(cubin)
+    code.handle  # noqa: B018  loads now rather than at the first kernel
+    return code
+
+
 class Module(_Owned):
-    """Compiled CUDA C++, loaded. A graph that holds a kernel keeps it loaded."""
+    """Compiled CUDA C++, loaded. It stays loaded to the process's end, so its kernels outlive its closing."""
 
     def __init__(self, gpu: Gpu, source: str) -> None:
         cubin = cubin_from_source(source, gpu.architecture)
         with gpu._driving("to load kernels"):
-            self._code = _cuda("core").ObjectCode.from_cubin(cubin)
-            self._code.handle  # noqa: B018  loads it now rather than at the first kernel
+            self._code = _code_from_cubin(cubin)
         super().__init__(gpu)
 
     def kernel(self, name: str) -> Kernel:
-        """The `extern "C"` kernel of that name."""
-        with self._gpu._driving(f"to find the kernel {name}"):
-            return Kernel(name, self._code.get_kernel(name))
+        """The `extern "C"` kernel of that name, allowed all the shared memory that a block can have."""
+        driver, properties = _cuda("bindings.driver"), self._gpu._device.properties
+        with self._gpu._driving(f"to find the kernel {name}", self):
+            kernel = self._code.get_kernel(name)
+            dynamic = properties.max_shared_memory_per_block_optin - kernel.attributes.shared_size_bytes
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _value(driver.cuKernelSetAttribute(attribute, dynamic, kernel.handle, self._gpu.index))
+        return Kernel(name, kernel)
 
     def _release(self) -> None:
         self._code = None
@@ -533,39 +543,40 @@ class Kernel:
     def __init__(self, name: str, kernel: Any) -> None:
         self.name = name
         self._kernel = kernel
-        self._shared = _STATIC_SHARED
-
-    def _allow(self, shared_bytes: int) -> None:
-        """More dynamic shared memory than a block has without asking."""
-        if shared_bytes > self._shared:
-            self._kernel.attributes.max_dynamic_shared_size_bytes = shared_bytes
-            self._shared = shared_bytes
 
 
 class Graph(_Owned):
     """Captured work, launched as one; see `Gpu.graph`."""
 
     def __init__(self, gpu: Gpu, record: Callable[[Stream], None]) -> None:
+        # Not by cuda-core's GraphBuilder: 1.2 destroys the graph of a capture that failed, which the driver has done.
+        driver = _cuda("bindings.driver")
         with Stream(gpu) as stream:
-            self._kernels = stream._captured = []
             with gpu._driving("to start capturing a graph"):
-                builder = stream._stream.create_graph_builder()
-                builder.begin_building("thread_local")
+                mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+                _value(driver.cuStreamBeginCapture(stream._cuda_handle, mode))
             try:
                 record(stream)
-                with gpu._driving("to make a graph of what was captured"):
-                    self._graph = builder.end_building().complete()
-            finally:
-                builder.close()
+            except BaseException:
+                error, graph = driver.cuStreamEndCapture(stream._cuda_handle)
+                if not error:
+                    driver.cuGraphDestroy(graph)
+                raise
+            with gpu._driving("to make a graph of what was captured"):
+                graph = _value(driver.cuStreamEndCapture(stream._cuda_handle))
+                try:
+                    self._graph = _value(driver.cuGraphInstantiate(graph, 0))
+                finally:
+                    driver.cuGraphDestroy(graph)
         super().__init__(gpu)
 
     def launch(self, stream: Stream) -> None:
         """Put the captured work on a stream. Launches of one graph run one after another, on any streams."""
-        with self._gpu._driving("to launch a graph"):
-            self._graph.launch(stream._stream)
+        with self._gpu._driving("to launch a graph", self, stream):
+            _value(_cuda("bindings.driver").cuGraphLaunch(self._graph, stream._cuda_handle))
 
     def _release(self) -> None:
-        self._graph.close()
+        _value(_cuda("bindings.driver").cuGraphExecDestroy(self._graph))
 
 
 class DevicePixels(NamedTuple):
@@ -588,10 +599,12 @@ def pixels_from_array(array: object, stream: Stream) -> DevicePixels:
     Raises ImageContentError for any other array.
     """
     gpu = stream._gpu
-    with gpu._driving("to take a device array"):
+    with gpu._driving("to take a device array", stream):
         try:
             view = _cuda("core.utils").StridedMemoryView.from_any_interface(array, stream_ptr=stream.handle)
-        except (BufferError, TypeError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # whatever its producer raises
+            if _code(error):
+                raise
             raise ImageContentError(
                 f"a {type(array).__name__} is no device array: {error}; "
                 "expected uint8 or uint16 (H, W) by __cuda_array_interface__ or DLPack"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,19 +29,24 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     return helper("driver").run_in_child(item) or None
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    helper("driver").report(report)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    helper("driver").tell_parent(item.config, report)
+    return report
 
 
 @pytest.fixture
 def driver() -> Iterator[Any]:
-    """`driver.Driver`, the software driver; what a test leaves alive on the device is an error."""
-    steering = helper("driver").Driver()
-    steering.reset()
-    yield steering
-    steering.reset()
-    assert steering.alive() == {}
+    """`driver.Driver`, the software driver; a test that leaves something alive on the device fails."""
+    if not helper("driver").in_child():  # run_in_child had nothing to build it with
+        reason = "no C++ compiler: install g++, or name one in CXX"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    steered = helper("driver").Driver()
+    before = steered.alive()
+    yield steered
+    steered.reset()
+    assert steered.alive() <= before
 
 
 @pytest.fixture(scope="session")
