@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,7 +28,7 @@ from thoraxrt.engine.execute import DeviceRadiograph, Executor, Output, Pending,
 from thoraxrt.engine.postprocess import Finding, findings_from_logits, thresholds
 from thoraxrt.engine.profile import Profile, span
 
-__all__ = ["Engine", "Prediction", "Source", "image_files", "read_image"]
+__all__ = ["Batch", "Engine", "Prediction", "Source", "image_files", "read_image"]
 
 Source = bytes | str | Path | Picture
 """An image: encoded bytes, a file's path, or a radiograph already decoded, in host memory or in a GPU's."""
@@ -60,15 +60,6 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         """The public JSON shape, without `image`: nothing is rounded, no pixels are in it."""
         names = ("width", "height", "precision", "backend", "findings", "boxes")
         return {name: msgspec.to_builtins(getattr(self, name)) for name in names}
-
-
-class _Started(NamedTuple):
-    """A batch under way: what was decoded, what of it the executor has, and who executes it."""
-
-    decoded: list[Picture | ThoraxrtError]
-    pending: Pending | None
-    backend: str
-    precision: str
 
 
 class Engine:
@@ -138,6 +129,11 @@ class Engine:
         """The precision that is executed: fp32, bf16, fp16 or int8."""
         return self._executor.precision
 
+    @property
+    def ahead(self) -> int:
+        """Batches worth starting before the first one's result is asked for."""
+        return self._executor.ahead
+
     def predict(
         self, images: Iterable[Source], *, findings: Collection[str] | None = None, cam: bool = False
     ) -> Iterator[Prediction | ThoraxrtError]:
@@ -150,9 +146,9 @@ class Engine:
         self.check_findings(findings)
         decoding = _ahead((self.submit(image) for image in images), 2 * self.batch + _AHEAD)
         decoded = ([_result(future) for future in batch] for batch in _batches(decoding, self.batch))
-        started = (self._start(batch, findings, cam) for batch in decoded)
-        for batch in _ahead(started, self._executor.ahead):
-            yield from self._finish(batch)
+        started = (self.start(batch, [findings] * len(batch), cam=cam) for batch in decoded)
+        for batch in _ahead(started, self.ahead):
+            yield from batch.result()
 
     def predict_one(self, image: Source, *, findings: Collection[str] | None = None, cam: bool = False) -> Prediction:
         """The prediction for one image; see `predict`. Raises what `predict` would yield."""
@@ -165,28 +161,27 @@ class Engine:
         self, pictures: Sequence[Picture], *, findings: Collection[str] | None = None, cam: bool = False
     ) -> list[Prediction | ThoraxrtError]:
         """One batch of radiographs already decoded: an answer each, in order."""
-        return self._finish(self._start(list(pictures), findings, cam))
+        return self.start(pictures, [findings] * len(pictures), cam=cam).result()
 
-    def _start(self, decoded: list[Picture | ThoraxrtError], findings: Collection[str] | None, cam: bool) -> _Started:
-        """Hand what could be decoded to the executor; no picture, no call."""
+    def start(
+        self, pictures: Sequence[Picture | ThoraxrtError], findings: Sequence[Collection[str] | None], *, cam: bool
+    ) -> Batch:
+        """Hand a batch to the executor; `findings` are each image's, see `predict`.
+
+        On a GPU it is then in flight, and `ahead` more are worth starting before its result is asked for; a
+        CPU has computed it. An error in a picture's place is its answer. Raises BackendError where the
+        engine is closed.
+        """
         self._check_open()
-        pictures = [picture for picture in decoded if not isinstance(picture, ThoraxrtError)]
-        labels = [findings is None or label in findings for label in self.manifest.labels]
-        wanted = np.tile(labels, (len(pictures), 1))  # (N, C)
-        pending = self._executor.submit(pictures, wanted, cam) if pictures else None
-        return _Started(decoded, pending, self.backend, self.precision)
+        usable = [i for i, picture in enumerate(pictures) if not isinstance(picture, ThoraxrtError)]
+        labels = self.manifest.labels
+        masks = {id(chosen): [chosen is None or label in chosen for label in labels] for chosen in findings}
+        wanted = np.array([masks[id(findings[i])] for i in usable], np.bool_)  # (N, C)
+        given: list[Picture] = [pictures[i] for i in usable]  # type: ignore[misc]  # no errors among them
+        pending = self._executor.submit(given, wanted, cam) if given else None
+        return Batch(self, pictures, pending, self.backend, self.precision)
 
-    def _finish(self, batch: _Started) -> list[Prediction | ThoraxrtError]:
-        outputs = iter(batch.pending.result() if batch.pending else ())
-        with span(self._profile, "engine", "findings", images=len(batch.decoded)):
-            return [
-                picture if isinstance(picture, ThoraxrtError) else self._prediction(batch, picture, next(outputs))
-                for picture in batch.decoded
-            ]
-
-    def _prediction(
-        self, batch: _Started, picture: Picture, output: Output | ThoraxrtError
-    ) -> Prediction | ThoraxrtError:
+    def _prediction(self, batch: Batch, picture: Picture, output: Output | ThoraxrtError) -> Prediction | ThoraxrtError:
         if isinstance(output, ThoraxrtError):
             return output
         manifest = self.manifest
@@ -271,6 +266,35 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Batch:
+    """A batch that `Engine.start` has handed to the executor; `backend` and `precision` are what executes it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        pictures: Sequence[Picture | ThoraxrtError],
+        pending: Pending | None,
+        backend: str,
+        precision: str,
+    ) -> None:
+        self._engine = engine
+        self._pictures = pictures
+        self._pending = pending
+        self.backend = backend
+        self.precision = precision
+
+    def result(self) -> list[Prediction | ThoraxrtError]:
+        """Wait for the batch: an answer per image, in order."""
+        outputs = iter(self._pending.result() if self._pending else ())
+        with span(self._engine._profile, "engine", "findings", images=len(self._pictures)):
+            return [
+                picture
+                if isinstance(picture, ThoraxrtError)
+                else self._engine._prediction(self, picture, next(outputs))
+                for picture in self._pictures
+            ]
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -15,6 +15,12 @@
     │   └── DeviceError              the GPU failed; what was in flight there has no answer
     │       └── DeviceMemoryError    the GPU's memory, or page-locked host memory, is used up
     ├── RequestError                 an option or argument that makes no sense for this model
+    │   └── ModelNotFoundError       the server has no such model or version
+    ├── AccessError                  the server does not let this client do this
+    │   ├── AuthenticationError      no credentials, or none that it takes
+    │   └── AuthorizationError       known, but without the role that this call needs
+    ├── OverloadedError              the server has more to do than it can answer in time
+    ├── DeadlineError                the deadline passed before the answer was there
     └── ServerError                  the server could not be reached or did not answer
 
 A message says what was received, what was expected and what to do. Image content and patient
@@ -23,17 +29,23 @@ gRPC codes (`thoraxrt.server.status`).
 """
 
 __all__ = [
+    "AccessError",
+    "AuthenticationError",
+    "AuthorizationError",
     "BackendError",
     "BackendUnavailableError",
     "BundleError",
     "CheckpointError",
     "DatasetError",
+    "DeadlineError",
     "DeviceError",
     "DeviceMemoryError",
     "ImageContentError",
     "ImageError",
     "ImageFormatError",
     "ImageLimitError",
+    "ModelNotFoundError",
+    "OverloadedError",
     "PlanError",
     "RequestError",
     "ServerError",
@@ -108,6 +120,34 @@ class DeviceMemoryError(DeviceError):
 
 class RequestError(ThoraxrtError):
     """An option or argument that makes no sense for this model, an unknown finding say."""
+
+
+class ModelNotFoundError(RequestError):
+    """The server has no model, or no version of it, by that name."""
+
+
+class AccessError(ThoraxrtError):
+    """The server does not let this client do this."""
+
+
+class AuthenticationError(AccessError):
+    """The call brought no credentials, or none that the server takes."""
+
+
+class AuthorizationError(AccessError):
+    """The client is known, but lacks the role that this call needs."""
+
+
+class OverloadedError(ThoraxrtError):
+    """The server has more to do than it can answer in time; `retry_after_s` seconds from now it may have less."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(ThoraxrtError):
+    """The deadline passed, or would have passed, before the answer was there."""
 
 
 class ServerError(ThoraxrtError):
