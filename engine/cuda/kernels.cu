@@ -29,6 +29,8 @@ struct Block {
 #define PRIVATE(type, name) type name[1]  // one per thread
 #define MINE(name, thread) name[0]
 #define UNROLLED _Pragma("unroll")
+#define UNROLLED_TWICE _Pragma("unroll 2")
+#define ROLLED _Pragma("unroll 1")
 
 BODY Block this_block() {
     extern __shared__ Quad shared[];
@@ -58,6 +60,8 @@ BODY float float_of(u32 bits) { return __uint_as_float(bits); }
 #define PRIVATE(type, name) type name[1024]
 #define MINE(name, thread) name[thread]
 #define UNROLLED
+#define UNROLLED_TWICE
+#define ROLLED
 
 using std::max;
 using std::min;
@@ -94,9 +98,9 @@ BODY u32 atomicCAS(u32* at, u32 expected, u32 value) { return replaced(at, *at =
 
 struct Image {  // kernels.py: IMAGE
     u64 pixels, table, resampling;
-    long long pitch;
-    int width, steps, words, phase;
+    int pitch, width, steps, words, phase;
 };
+static_assert(sizeof(Image) == 48, "kernels.py");
 
 // ---------------------------------------------------------------------------------------- geometry
 //
@@ -109,21 +113,21 @@ struct Image {  // kernels.py: IMAGE
 // Source rows go through shared memory in chunks, in 16-byte loads, two chunks in turn: while one is
 // computed, the next one's loads are under way into registers. Of each window of 4 pixels the sum of
 // pixel x weight is three dp4a, over the weights' three bytes: w = w0 + 2^8 w1 + 2^16 w2. That is
-// exact: arithmetic is modulo 2^32, and the whole sum is below 2^30 (kernels.py checks it).
+// exact: arithmetic is modulo 2^32, and the whole sum is below 2^30 (kernels.py, _MOST_SHRINKING).
 
 constexpr u32 THREADS = 256, UNITS = 512, STEPS = 64;  // of a block; of a chunk: 16-pixel units, source rows
 constexpr u32 LOADS = UNITS / THREADS;                 // units of a chunk that one thread loads
-constexpr u32 WORDS = 10;                              // of a window, kept in registers; further ones are read each time
+constexpr u32 WORDS = 6;                               // of a window whose weights a thread keeps in registers
 constexpr u32 ROUND = 1u << 21;                        // Resample.c: a half, in 22-bit weights
 
-struct Step {  // a source row; the output row that it completes or -1; weights for the output row at work and the next
+struct alignas(16) Step {  // a source row; the output row it completes, or -1; weights for the row at work and the next
     int y, completes;
     u32 now, next;
 };
 
 struct Chunk {
     Quad units[UNITS];
-    Quad steps[STEPS];
+    Step steps[STEPS];
 };
 
 struct Column {  // what a thread keeps of its output column
@@ -133,62 +137,108 @@ struct Column {  // what a thread keeps of its output column
 };
 
 struct Fetched {  // what a thread has loaded of the next chunk, not yet shifted to the tile's words
-    Quad unit[LOADS];
+    u32 row[LOADS], unit[LOADS];  // where in a chunk: always the same
+    Quad pixels[LOADS];
     u32 after[LOADS];  // the word behind each unit
     Step step;
 };
 
 struct Tile {  // what a block reads of its image
-    const Image* image;
-    int origin, begin, end;  // of a row, in pixels: where the first word starts (perhaps before the row), what is read
-    u32 units;               // of 16 pixels, in a row wherever it is aligned
+    u64 start;        // address of row 0's first word, which may start up to 3 pixels before the row
+    u64 table;        // of a 16-bit image
+    int pitch;        // bytes
+    int begin, end;   // bytes of a row that are needed and exist, from its first word
+    u32 units;        // of 16 pixels, in a row wherever it is aligned
 };
 
-// Where the tile's first word of row y starts, perhaps before the image.
-BODY u64 row_address(const Tile& tile, int y) {
-    return tile.image->pixels + y * tile.image->pitch + (long long)tile.origin * (tile.image->table ? 2 : 1);
-}
+BODY u64 row_address(const Tile& tile, int y) { return tile.start + (long long)y * tile.pitch; }
 
-// That start's distance from the 16 bytes it lies in, in pixels.
-BODY u32 row_offset(const Tile& tile, int y) { return u32(row_address(tile, y) & 15) >> (tile.image->table ? 1 : 0); }
+// Pixels from the last 16-byte boundary to row y's first word.
+BODY u32 row_offset(const Tile& tile, int y) { return u32(row_address(tile, y)) % 16 >> (tile.table ? 1 : 0); }
 
 // Four pixels from four uint16 values.
 BODY u32 looked_up(const u8* table, u32 low, u32 high) {
     return table[low & 0xffff] | table[low >> 16] << 8 | table[high & 0xffff] << 16 | u32(table[high >> 16]) << 24;
 }
 
-// The 16 bytes at an address, or zeros where none of them is from begin to end.
-BODY Quad quad_at(u64 address, u64 begin, u64 end) {
-    return address + 16 > begin && address < end ? *reinterpret_cast<const Quad*>(address) : Quad{};
+// 16 bytes of a row, or zeros where none of them is needed; `at` is from its first word.
+BODY Quad quad_at(const Tile& tile, u64 row, int at) {
+    return at + 16 > tile.begin && at < tile.end ? *reinterpret_cast<const Quad*>(row + at) : Quad{};
 }
 
-// Unit u of row y, and the word behind it, as they lie in memory.
-BODY void fetch(const Tile& tile, int y, u32 u, Quad& unit, u32& after) {
-    const u8* const table = reinterpret_cast<const u8*>(tile.image->table);
-    const u64 start = row_address(tile, y);
-    const u32 bytes = table ? 2 : 1;
-    const u64 begin = start + (tile.begin - tile.origin) * bytes, end = start + (tile.end - tile.origin) * bytes;
-    const u64 at = (start & ~15ull) + 16ull * bytes * u;
-    const bool more = row_offset(tile, y) % 4 && at + 16 * bytes < end;
-    const u32* const behind = reinterpret_cast<const u32*>(at + 16 * bytes);
-    if (!table) {
-        unit = quad_at(at, begin, end);
-        after = more ? *behind : 0;
+// Unit `unit` of row y, and the word behind it, as they lie in memory.
+BODY void load(const Tile& tile, int y, int unit, Quad& pixels, u32& after) {
+    const u64 row = row_address(tile, y);
+    const int bytes = tile.table ? 32 : 16, at = unit * bytes - int(row % 16), behind = at + bytes;
+    const bool more = row_offset(tile, y) % 4 && behind < tile.end;
+    const u32* const words = reinterpret_cast<const u32*>(row + behind);
+    if (!tile.table) {
+        pixels = quad_at(tile, row, at);
+        after = more ? words[0] : 0;
         return;
     }
-    const Quad low = quad_at(at, begin, end), high = quad_at(at + 16, begin, end);
-    unit.word[0] = looked_up(table, low.word[0], low.word[1]);
-    unit.word[1] = looked_up(table, low.word[2], low.word[3]);
-    unit.word[2] = looked_up(table, high.word[0], high.word[1]);
-    unit.word[3] = looked_up(table, high.word[2], high.word[3]);
-    after = more ? looked_up(table, behind[0], behind[1]) : 0;
+    const u8* const table = reinterpret_cast<const u8*>(tile.table);
+    const Quad low = quad_at(tile, row, at), high = quad_at(tile, row, at + 16);
+    pixels.word[0] = looked_up(table, low.word[0], low.word[1]);
+    pixels.word[1] = looked_up(table, low.word[2], low.word[3]);
+    pixels.word[2] = looked_up(table, high.word[0], high.word[1]);
+    pixels.word[3] = looked_up(table, high.word[2], high.word[3]);
+    after = more ? looked_up(table, words[0], words[1]) : 0;
 }
 
-// The same unit, moved so that the row's words start at a multiple of 4 bytes.
-BODY Quad shifted(const Quad& unit, u32 after, u32 offset) {
-    const u32 bits = 8 * (offset % 4);
-    return {{__funnelshift_r(unit.word[0], unit.word[1], bits), __funnelshift_r(unit.word[1], unit.word[2], bits),
-             __funnelshift_r(unit.word[2], unit.word[3], bits), __funnelshift_r(unit.word[3], after, bits)}};
+// Load what this thread brings of a chunk: its units of `rows` rows from y0 on, and its step.
+BODY void fetch(const Tile& tile, int y0, u32 rows, const Step* steps, u32 count, u32 thread, Fetched& fetched) {
+    UNROLLED for (u32 i = 0; i < LOADS; ++i)
+        if (fetched.row[i] < rows)
+            load(tile, y0 + int(fetched.row[i]), int(fetched.unit[i]), fetched.pixels[i], fetched.after[i]);
+    if (thread < count) fetched.step = steps[thread];
+}
+
+// Put it into shared memory: units moved so that the row's words start at multiples of 4 bytes, and the step
+// with its row's first word instead of y.
+BODY void put(const Tile& tile, int y0, u32 rows, u32 count, u32 thread, const Fetched& fetched, Chunk& chunk) {
+    UNROLLED for (u32 i = 0; i < LOADS; ++i)
+        if (fetched.row[i] < rows) {
+            const u32 bits = 8 * (row_offset(tile, y0 + int(fetched.row[i])) % 4);
+            const u32* const word = fetched.pixels[i].word;
+            chunk.units[thread + i * THREADS] = {
+                {__funnelshift_r(word[0], word[1], bits), __funnelshift_r(word[1], word[2], bits),
+                 __funnelshift_r(word[2], word[3], bits), __funnelshift_r(word[3], fetched.after[i], bits)}};
+        }
+    if (thread < count) {
+        Step step = fetched.step;
+        step.y = (step.y - y0) * int(tile.units) * 4 + int(row_offset(tile, step.y) / 4);
+        chunk.steps[thread] = step;
+    }
+}
+
+// Go down a chunk's rows with a window of W words, and `words` - W more whose weights are read from memory.
+// Where the window has fewer, it reads on behind it, within the chunk, with weights of zero.
+template <u32 W>
+BODY void go_down(const Chunk& chunk, u32 count, Column& column, const u32* weights, u32 words, u32 size, u32 top,
+                  u8* output) {
+    UNROLLED_TWICE for (u32 i = 0; i < count; ++i) {
+        const Step step = chunk.steps[i];
+        const u32* const window = chunk.units[0].word + step.y + column.first;
+        u32 sums[3] = {ROUND, 0, 0};
+        UNROLLED for (u32 w = 0; w < W; ++w) {
+            UNROLLED for (u32 part = 0; part < 3; ++part)
+                sums[part] = __dp4a(window[w], column.weights[part][w], sums[part]);
+        }
+        if (W == WORDS)
+            ROLLED for (u32 w = W; w < words; ++w) {
+                UNROLLED for (u32 part = 0; part < 3; ++part)
+                    sums[part] = __dp4a(window[w], weights[(part * words + w) * size], sums[part]);
+            }
+        const u32 pixel = (sums[0] + (sums[1] << 8) + (sums[2] << 16)) >> 22;
+        column.now += step.now * pixel;
+        column.next += step.next * pixel;
+        if (step.completes >= 0) {
+            if (step.completes >= int(top)) output[step.completes * size] = column.now >> 22;  // else the band above's
+            column.now = column.next;
+            column.next = ROUND;
+        }
+    }
 }
 
 BODY void geometry_block(const Block& block, const Image* images, u8* input, u32* count, u32 size, u32 rows,
@@ -206,11 +256,16 @@ BODY void geometry_block(const Block& block, const Image* images, u8* input, u32
     const u32* const firsts = spans + 2 * size;
     const u32* const weights = firsts + size;
     const u32 words = image.words;
-    Tile tile{&image, 0, 0, 0, UNITS + 1};
+    Tile tile{0, 0, 0, 0, 0, UNITS + 1};
     if (image.pixels) {
-        const int pixels = 4 * (firsts[right - 1] + words - firsts[left]);
+        const int bytes = image.table ? 2 : 1, pixels = 4 * int(firsts[right - 1] + words - firsts[left]);
         const int origin = 4 * int(firsts[left]) - image.phase;
-        tile = {&image, origin, max(origin, 0), min(origin + pixels, image.width), u32(pixels + 30) / 16};
+        tile.start = image.pixels + (long long)origin * bytes;
+        tile.table = image.table;
+        tile.pitch = image.pitch;
+        tile.begin = max(-origin, 0) * bytes;
+        tile.end = min(pixels, image.width - origin) * bytes;
+        tile.units = u32(pixels + 30) / 16;
     }
     if (tile.units > UNITS) {  // no image, or a launch too wide for it
         PHASE(block, thread) {
@@ -234,64 +289,43 @@ BODY void geometry_block(const Block& block, const Image* images, u8* input, u32
         }
         column.first = firsts[x] - firsts[left];
         column.now = column.next = ROUND;
+        UNROLLED for (u32 i = 0; i < LOADS; ++i) {
+            MINE(fetched, thread).row[i] = (thread + i * THREADS) / tile.units;
+            MINE(fetched, thread).unit[i] = (thread + i * THREADS) % tile.units;
+        }
     }
 
     // Turn k loads chunk k + 1 into registers and computes chunk k; the turn before the first only loads.
+    const int last_row = steps[end - 1].y;
+    int y0 = steps[begin].y;
     u32 parity = 0;
     for (u32 at = begin, ready = 0; at < end || ready; parity ^= 1) {
-        Chunk& chunk = reinterpret_cast<Chunk*>(block.shared)[parity];
-        const u32 coming = at < end ? min(steps_at_once, end - at) : 0;
-        const int y0 = coming ? steps[at].y : 0, y1 = coming ? steps[at + coming - 1].y + 1 : 0;
-        const u32 coming_units = u32(y1 - y0) * tile.units;
+        const Chunk& chunk = reinterpret_cast<Chunk*>(block.shared)[parity];
+        const u32 coming = min(steps_at_once, end - at);
+        const u32 coming_rows = min(coming, u32(last_row + 1 - y0));  // rows go up by one step at most
+        const int following = steps[min(at + coming, end - 1)].y;
         PHASE(block, thread) {
+            fetch(tile, y0, coming_rows, steps + at, coming, thread, MINE(fetched, thread));
             Column& column = MINE(mine, thread);
-            Fetched& next = MINE(fetched, thread);
-            UNROLLED for (u32 load = 0; load < LOADS; ++load) {
-                const u32 u = thread + load * THREADS;
-                if (u < coming_units) fetch(tile, y0 + u / tile.units, u % tile.units, next.unit[load], next.after[load]);
-            }
-            if (thread < coming) next.step = steps[at + thread];
-            if (left + thread < right)
-                for (u32 i = 0; i < ready; ++i) {
-                    const Step step = reinterpret_cast<const Step*>(chunk.steps)[i];
-                    const u32* const window = chunk.units[0].word + step.y + column.first;
-                    u32 sums[3] = {ROUND, 0, 0};
-                    UNROLLED for (u32 w = 0; w < WORDS; ++w) {
-                        if (w == words) break;
-                        UNROLLED for (u32 part = 0; part < 3; ++part)
-                            sums[part] = __dp4a(window[w], column.weights[part][w], sums[part]);
-                    }
-                    for (u32 w = WORDS; w < words; ++w)
-                        UNROLLED for (u32 part = 0; part < 3; ++part)
-                            sums[part] = __dp4a(window[w], weights[(part * words + w) * size + left + thread], sums[part]);
-                    const u32 pixel = (sums[0] + (sums[1] << 8) + (sums[2] << 16)) >> 22;
-                    column.now += step.now * pixel;
-                    column.next += step.next * pixel;
-                    if (step.completes >= 0) {
-                        // The first one may be of the band above, unfinished.
-                        if (step.completes >= int(top)) input[step.completes * size + left + thread] = column.now >> 22;
-                        column.now = column.next;
-                        column.next = ROUND;
-                    }
-                }
+            const u32 x = left + thread;
+            if (x >= right) continue;
+            if (words <= 2)
+                go_down<2>(chunk, ready, column, weights + x, words, size, top, input + x);
+            else if (words == 3)
+                go_down<3>(chunk, ready, column, weights + x, words, size, top, input + x);
+            else if (words <= 5)
+                go_down<5>(chunk, ready, column, weights + x, words, size, top, input + x);
+            else
+                go_down<WORDS>(chunk, ready, column, weights + x, words, size, top, input + x);
         }
-        Chunk& other = reinterpret_cast<Chunk*>(block.shared)[parity ^ 1];
         PHASE(block, thread) {
-            const Fetched& next = MINE(fetched, thread);
-            UNROLLED for (u32 load = 0; load < LOADS; ++load) {
-                const u32 u = thread + load * THREADS;
-                if (u < coming_units)
-                    other.units[u] = shifted(next.unit[load], next.after[load], row_offset(tile, y0 + u / tile.units));
-            }
-            if (thread < coming) {  // in shared memory a step has its row's first word instead of y
-                Step step = next.step;
-                step.y = (step.y - y0) * tile.units * 4 + row_offset(tile, step.y) / 4;
-                reinterpret_cast<Step*>(other.steps)[thread] = step;
-            }
+            put(tile, y0, coming_rows, coming, thread, MINE(fetched, thread),
+                reinterpret_cast<Chunk*>(block.shared)[parity ^ 1]);
         }
         BARRIER();  // the chunk just written is whole; nobody still reads the one that is written next
         at += coming;
         ready = coming;
+        y0 = following;
     }
 }
 
@@ -580,12 +614,18 @@ BODY void boxes_block(const Block& block, const Image* images, const float* logi
 // ----------------------------------------------------------------------------------------- entries
 
 #ifdef __CUDACC__
-extern "C" __global__ void __launch_bounds__(THREADS) geometry(const Image* images, u8* input, u32* count, u32 size,
+// Blocks on a multiprocessor: as many as leave the geometry kernel enough registers.
+#if __CUDA_ARCH__ >= 1000
+constexpr u32 BLOCKS = 3;
+#else
+constexpr u32 BLOCKS = 4;
+#endif
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) geometry(const Image* images, u8* input, u32* count, u32 size,
                                                                u32 rows, u32 columns) {
     geometry_block(this_block(), images, input, count, size, rows, columns);
 }
 
-extern "C" __global__ void __launch_bounds__(1024) boxes(const Image* images, const float* logits, const float* cams,
+extern "C" __global__ void __launch_bounds__(1024, 1) boxes(const Image* images, const float* logits, const float* cams,
                                                          const float* logit_thresholds, const float* box_thresholds,
                                                          const u8* wanted, u32* count, u8* flags, Region* regions,
                                                          u32 height, u32 width, u32 size, u32 most_runs, u32 capacity,

@@ -41,12 +41,13 @@ IMAGE: Final = np.dtype(
         ("pixels", np.uint64),  # address of the first pixel that is resized
         ("table", np.uint64),  # address of uint8 (65536,) for a 16-bit source, 0 for an 8-bit one
         ("resampling", np.uint64),  # address of `Resampling.data`, a multiple of 16
-        ("pitch", np.int64),  # bytes from one row to the next
+        ("pitch", np.int32),  # bytes from one row to the next
         ("width", np.int32),  # pixels of a row that may be read
         ("steps", np.int32),
         ("words", np.int32),
         ("phase", np.int32),
-    ]
+    ],
+    align=True,
 )
 """One image of a batch, as `describe` fills it; a record of zeros is no image."""
 
