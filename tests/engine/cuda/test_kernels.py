@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -13,7 +14,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from thoraxrt.engine.backends import open_backend
 from thoraxrt.engine.boxes import Region, regions_from_cam
+from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.cuda.kernels import (
     COLUMNS,
     IMAGE,
@@ -169,7 +172,7 @@ def test_every_bucket_gives_the_same(kernels: Any) -> None:
         assert (made == network_input(image, CHEXNET)).all()
 
 
-def test_real_radiographs(kernels: Any, nih_images: list[Any]) -> None:
+def test_real_radiographs(kernels: Any, nih_images: list[Path]) -> None:
     rng = np.random.default_rng(0)
     images = [np.asarray(Image.open(path).convert("L")) for path in nih_images[:8]]
     for spec in (CHEXNET, PreprocessSpec(square=True, resize=Exact(width=224, height=224))):
@@ -288,6 +291,21 @@ def test_regions_of_networks_sizes(kernels: Any, side: int, size: int) -> None:
     assert not results["flags"].any()
     assert regions_from_results(results) == expected(cams, size, [0.7])
     assert results["count"] > 0
+
+
+def test_real_cams(kernels: Any, chexnet_bundle: Bundle, nih_images: list[Path]) -> None:
+    manifest = chexnet_bundle.manifest
+    spec = manifest.preprocess
+    images = [network_input(np.asarray(Image.open(path).convert("L")), spec) for path in nih_images[:6]]
+    backend = open_backend(chexnet_bundle, "onnxruntime", "fp32")
+    cams = backend.run(np.stack(images)).cam
+    backend.close()
+    thresholds = [manifest.boxes.per_finding.get(label, manifest.boxes.threshold) for label in manifest.labels]
+    for cuts in (thresholds, [0.2] * len(thresholds)):
+        results = found(kernels, cams, spec.input_size, cuts, min_area=manifest.boxes.min_area)
+        assert not results["flags"].any()
+        assert results["count"] >= cams.shape[0] * cams.shape[1]
+        assert regions_from_results(results) == expected(cams, spec.input_size, cuts, manifest.boxes.min_area)
 
 
 def test_what_is_not_asked_for_is_not_made(kernels: Any) -> None:
