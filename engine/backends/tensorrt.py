@@ -149,12 +149,14 @@ class Network:
         self.precision = _convolved_in(cached)
         self.buckets = cached.record.key.options.buckets
         self.cam_shape = manifest.network.cam_height, manifest.network.cam_width
-        self.image_shape = 1, manifest.preprocess.input_size, manifest.preprocess.input_size
-        self.labels = len(manifest.labels)
+        self._image_shape = 1, manifest.preprocess.input_size, manifest.preprocess.input_size
+        self._labels = len(manifest.labels)
         self._cached, self._cache, self._gpu, self._flavour = cached, cache, gpu, flavour
         self._memory: Memory | None = None
+        self._runtime: Any = None
         self._engine: Any = None
         self._kernels: Any = None
+        self._how: Any = None
         self._kept = b""
         self._contexts: dict[int, Any] = {}
         self._stream = gpu.stream()
@@ -167,21 +169,22 @@ class Network:
 
     def _load(self, bundle: Bundle) -> None:
         logger = self._logger
-        self._engine = engine = _engine(self._cached, bundle, self._flavour, logger)
+        self._runtime = self._flavour.module.Runtime(logger)
+        self._engine = engine = _engine(self._runtime, self._cached, bundle, self._flavour, logger)
         self._check_tensors()
-        how: Any = self._flavour.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._how = self._flavour.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._flavour.name == RTX:
-            how = self._rtx_config(how)
+            self._how = self._rtx_config(self._how)
         self._memory = memory = self._gpu.memory(max(engine.device_memory_size_v2, 1))
         for index, bucket in enumerate(self.buckets):
-            context = engine.create_execution_context(how)
+            context = engine.create_execution_context(self._how)
             if context is None:
                 raise _failure(f"cannot make a context for batches of {bucket}", logger)
             self._contexts[bucket] = context
             context.set_device_memory(memory.address, memory.size)
             if not (
                 context.set_optimization_profile_async(index, self._stream.handle)
-                and context.set_input_shape("image", (bucket, *self.image_shape))
+                and context.set_input_shape("image", (bucket, *self._image_shape))
             ):
                 raise _failure(f"does not take batches of {bucket}", logger)
             for name, shape in self.shapes(bucket).items():
@@ -192,9 +195,9 @@ class Network:
     def shapes(self, bucket: int) -> dict[str, tuple[int, ...]]:
         """The tensors' shapes at a batch size: `image` uint8, `logits` and `cam` float32, all C-contiguous."""
         return {
-            "image": (bucket, *self.image_shape),  # (N, 1, S, S)
-            "logits": (bucket, self.labels),  # (N, C)
-            "cam": (bucket, self.labels, *self.cam_shape),  # (N, C, h, w)
+            "image": (bucket, *self._image_shape),  # (N, 1, S, S)
+            "logits": (bucket, self._labels),  # (N, C)
+            "cam": (bucket, self._labels, *self.cam_shape),  # (N, C, h, w)
         }
 
     def _check_tensors(self) -> None:
@@ -274,7 +277,9 @@ class Network:
         if self._memory is not None:
             self._memory.close()  # first: it waits
         self._contexts.clear()
-        self._kernels = self._engine = None
+        self._how = self._kernels = None
+        self._engine = None
+        self._runtime = None  # in this order: each outlives what came of it
         self._stream.close()
 
 
@@ -290,10 +295,9 @@ def _convolved_in(cached: CachedPlan) -> str:
     return executed
 
 
-def _engine(cached: CachedPlan, bundle: Bundle, flavour: Flavour, logger: Any) -> Any:
+def _engine(runtime: Any, cached: CachedPlan, bundle: Bundle, flavour: Flavour, logger: Any) -> Any:
     """The engine of a plan, with the weights of the bundle's graph where the plan has none."""
     trt, key = flavour.module, cached.record.key
-    runtime = trt.Runtime(logger)
     if flavour.name == RTX:
         _refuse_invalid(runtime, cached, trt, logger)
     if key.options.version_compatible:
@@ -302,9 +306,9 @@ def _engine(cached: CachedPlan, bundle: Bundle, flavour: Flavour, logger: Any) -
     if engine is None:
         raise _failure(f"cannot load {cached.folder}", logger)
     if key.options.strip_weights:
-        refitter = trt.Refitter(engine, logger)
-        graph = bundle.read(bundle.graph_name(key.precision))
-        if not (trt.OnnxParserRefitter(refitter, logger).refit_from_bytes(graph) and refitter.refit_cuda_engine()):
+        refitter, graph = trt.Refitter(engine, logger), bundle.read(bundle.graph_name(key.precision))
+        parser = trt.OnnxParserRefitter(refitter, logger)  # by name, since it holds the weights until they are there
+        if not (parser.refit_from_bytes(graph) and refitter.refit_cuda_engine()):
             raise _failure(f"cannot put the bundle's weights into {cached.folder}", logger)
     return engine
 
@@ -377,7 +381,7 @@ class _Exchange:
         count, stream = len(images), self._stream
         bucket = next(bucket for bucket in self._network.buckets if bucket >= count)
         pinned, image = self._host["image"]
-        image[:count], image[count:bucket] = images, 0
+        image[:count] = images  # the rest of the bucket is computed and dropped
         stream.to_device(self._device["image"].address, pinned.address, image[:bucket].nbytes)
         self._network.enqueue(bucket, stream.handle)
         for name in ("logits", "cam"):

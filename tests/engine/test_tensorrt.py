@@ -324,6 +324,14 @@ def test_tensorrt_rtx_compiles_a_missing_plan_once_and_says_so(light: Bench, cap
     assert len(first) > 100_000  # a real plan, from the real builder
 
 
+def test_tensorrt_rtx_compiles_for_the_gpu_that_is_named(light: Bench) -> None:
+    light.devices = [A10, L4]
+    light.trt.buckets = PlanOptions().buckets
+    light.open(device=1)
+    (folder,) = light.cache.folders(light.bundle)
+    assert light.cache.record(folder).key.options.targets == ("sm89",)
+
+
 def test_a_gpu_without_a_name_gets_a_plan_of_its_own_or_a_portable_one(light: Bench) -> None:
     try:
         pytest.skip(f"there is a GPU here, {REAL_DEVICE().name}: a plan for it can be built")
@@ -349,6 +357,22 @@ def test_what_tensorrt_rtx_says_of_a_plan_is_asked_before_it_is_loaded(light: Be
     light.trt.diagnostics = 0
     assert "cannot run here: something is wrong" in light.refusal()
     assert light.trt.deserialised == []
+
+
+def test_the_real_runtime_tells_a_plan_from_other_bytes(rtx: Flavour, sample_bundle: Bundle, tmp_path: Path) -> None:
+    def refusal(data: bytes) -> str:
+        plan: Any = CachedPlan(tmp_path, None, data, b"")
+        with tensorrt_plan.listening(rtx) as logger, pytest.raises(BackendError) as refused:
+            tensorrt._refuse_invalid(rtx.module.Runtime(logger), plan, rtx.module, logger)
+        return str(refused.value)
+
+    assert refusal(b"x" * 1000).endswith("cannot run here: malformed engine")
+    try:
+        pytest.skip(f"there is a GPU here, {REAL_DEVICE().name}: it may take the plan")
+    except BackendUnavailableError:
+        options = PlanOptions(buckets=(1,), targets=("sm86",))
+        graph = sample_bundle.read("model.fp32.onnx")
+        assert "CUDA driver version is insufficient" in refusal(tensorrt_plan.plan_from_onnx(graph, options).data)
 
 
 @pytest.mark.parametrize(
