@@ -82,7 +82,7 @@ struct Stream {
 struct Kernel {
     std::string name;
     void (*host)(const unsigned*, const unsigned*, unsigned, void**);
-    std::vector<unsigned> sizes, offsets;  // of its arguments
+    std::vector<unsigned> sizes;  // of its arguments
     unsigned shared = 48 << 10;            // dynamic shared memory allowed
 };
 
@@ -116,7 +116,7 @@ std::set<Library*> libraries;
 std::map<int, std::string> names;  // of error codes
 std::map<std::string, unsigned long> calls;
 std::map<std::string, std::pair<unsigned, int>> faults;  // name -> calls until it fails, code
-thread_local std::vector<Context*> current;
+thread_local Context* current = nullptr;
 
 void seed(unsigned value) {
     random_.seed(value);
@@ -218,7 +218,7 @@ int put(Stream* stream, std::string kind, std::function<void()> run, std::functi
 
 Stream* stream_at(Stream* handle, const char* name) {
     if (reinterpret_cast<uintptr_t>(handle) <= 2) {
-        auto* standard = &current.back()->standard;
+        auto* standard = &current->standard;
         stream_owners.emplace(standard, std::shared_ptr<Stream>(standard, [](Stream*) {}));
         return standard;
     }
@@ -241,9 +241,9 @@ int forbidden_in_capture() {
 
 int in_context() {
     if (!initialised) return NOT_INITIALIZED;
-    if (current.empty()) return INVALID_CONTEXT;
-    if (!current.back()->active) return CONTEXT_IS_DESTROYED;
-    return current.back()->sticky;
+    if (!current) return INVALID_CONTEXT;
+    if (!current->active) return CONTEXT_IS_DESTROYED;
+    return current->sticky;
 }
 
 // The layout of each kernel's arguments, from the ".nv.info.NAME" sections of a cubin.
@@ -265,8 +265,6 @@ bool read_cubin(const unsigned char* image, Library& library) {
             if (format == 4 && attribute == 0x17) {  // EIATTR_KPARAM_INFO: index, ordinal, offset, size above bit 18
                 size_t ordinal = at(p + 8, uint16_t());
                 kernel->sizes.resize(std::max(kernel->sizes.size(), ordinal + 1));
-                kernel->offsets.resize(kernel->sizes.size());
-                kernel->offsets[ordinal] = at(p + 10, uint16_t());
                 kernel->sizes[ordinal] = at(p + 12, uint32_t()) >> 18;
             }
             p += 4 + size;
@@ -321,7 +319,7 @@ int launch(Kernel* kernel, const unsigned* shape, unsigned shared, Stream* strea
 #define LOCK(name)                                        \
     std::lock_guard<std::recursive_mutex> lock(mutex);    \
     if (int code = fault(name)) {                         \
-        if (STICKY.count(code) && !current.empty()) current.back()->sticky = code; \
+        if (STICKY.count(code) && current) current->sticky = code; \
         return code;                                      \
     }
 #define ENTER(name) \
@@ -333,7 +331,7 @@ int launch(Kernel* kernel, const unsigned* shape, unsigned shared, Stream* strea
 #define ON_STREAM(name)                       \
     IN_CONTEXT(name)                          \
     auto* stream = stream_at(handle, name);   \
-    if (stream->device != current.back()->device) return INVALID_HANDLE;
+    if (stream->device != current->device) return INVALID_HANDLE;
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -416,29 +414,14 @@ int cuDevicePrimaryCtxReset(int device) {
     for (auto it = events.begin(); it != events.end();) it = it->first->device == device ? events.erase(it) : std::next(it);
     return SUCCESS;
 }
-int cuCtxGetCurrent(Context** context) {
-    ENTER("cuCtxGetCurrent")
-    return *context = current.empty() ? nullptr : current.back(), SUCCESS;
-}
 int cuCtxSetCurrent(Context* context) {
     ENTER("cuCtxSetCurrent")
-    if (!current.empty()) current.pop_back();
-    if (context) current.push_back(context);
+    current = context;
     return context && !context->active ? CONTEXT_IS_DESTROYED : SUCCESS;
-}
-int cuCtxPushCurrent(Context* context) {
-    ENTER("cuCtxPushCurrent")
-    return current.push_back(context), SUCCESS;
-}
-int cuCtxPopCurrent(Context** context) {
-    ENTER("cuCtxPopCurrent")
-    if (current.empty()) return INVALID_CONTEXT;
-    if (context) *context = current.back();
-    return current.pop_back(), SUCCESS;
 }
 int cuCtxGetDevice(int* device) {
     IN_CONTEXT("cuCtxGetDevice")
-    return *device = current.back()->device, SUCCESS;
+    return *device = current->device, SUCCESS;
 }
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
     IN_CONTEXT("cuCtxGetStreamPriorityRange")
@@ -452,13 +435,13 @@ int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 int cuMemGetInfo(size_t* available, size_t* total) {
     IN_CONTEXT("cuMemGetInfo")
     *total = total_memory;
-    return *available = total_memory - current.back()->used, SUCCESS;
+    return *available = total_memory - current->used, SUCCESS;
 }
 int cuMemAlloc(uintptr_t* address, size_t size) {
     IN_CONTEXT("cuMemAlloc")
     if (int code = forbidden_in_capture()) return code;
     if (!size) return INVALID_VALUE;
-    Context& context = *current.back();
+    Context& context = *current;
     if (size > total_memory - context.used) return OUT_OF_MEMORY;
     auto* base = static_cast<unsigned char*>(aligned_alloc(256, (size + 2 * ZONE + 255) / 256 * 256));
     memset(base, ZONE_BYTE, size + 2 * ZONE);
@@ -471,7 +454,7 @@ int cuMemAlloc(uintptr_t* address, size_t size) {
 int cuMemFree(uintptr_t address) {
     IN_CONTEXT("cuMemFree")
     if (int code = forbidden_in_capture()) return code;
-    Context& context = *current.back();
+    Context& context = *current;
     if (!context.memory.count(address)) die("cuMemFree: no device memory starts at 0x%zx", size_t(address));
     check_zones(context.device, "something");
     context.used -= context.memory[address];
@@ -486,24 +469,24 @@ int cuMemAllocHost(void** address, size_t size) {
     if (size > total_memory) return OUT_OF_MEMORY;
     *address = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
     memset(*address, FRESH_BYTE, size);
-    current.back()->pinned[reinterpret_cast<uintptr_t>(*address)] = size;
+    current->pinned[reinterpret_cast<uintptr_t>(*address)] = size;
     return SUCCESS;
 }
 int cuMemFreeHost(void* address) {
     IN_CONTEXT("cuMemFreeHost")
-    if (!current.back()->pinned.erase(reinterpret_cast<uintptr_t>(address))) die("cuMemFreeHost: no memory starts at %p", address);
+    if (!current->pinned.erase(reinterpret_cast<uintptr_t>(address))) die("cuMemFreeHost: no memory starts at %p", address);
     free(address);
     return SUCCESS;
 }
 int cuMemcpyHtoD(uintptr_t to, const void* from, size_t size) {
     IN_CONTEXT("cuMemcpyHtoD")
-    check_device_range(current.back()->device, to, size, "cuMemcpyHtoD");
+    check_device_range(current->device, to, size, "cuMemcpyHtoD");
     memcpy(reinterpret_cast<void*>(to), from, size);
     return SUCCESS;
 }
 int cuMemcpyDtoH(void* to, uintptr_t from, size_t size) {
     IN_CONTEXT("cuMemcpyDtoH")
-    check_device_range(current.back()->device, from, size, "cuMemcpyDtoH");
+    check_device_range(current->device, from, size, "cuMemcpyDtoH");
     memcpy(to, reinterpret_cast<void*>(from), size);
     return SUCCESS;
 }
@@ -547,7 +530,7 @@ int cuPointerGetAttributes(unsigned count, int* attributes, void** data, uintptr
 
 int cuStreamCreateWithPriority(Stream** handle, unsigned, int) {
     IN_CONTEXT("cuStreamCreateWithPriority")
-    auto stream = std::make_shared<Stream>(Stream{current.back()->device, {}, nullptr});
+    auto stream = std::make_shared<Stream>(Stream{current->device, {}, nullptr});
     streams.insert(stream.get());
     stream_owners[stream.get()] = stream;
     return *handle = stream.get(), SUCCESS;
@@ -572,15 +555,9 @@ int cuStreamWaitEvent(Stream* handle, Event* event_handle, unsigned) {
     if (stream->capture) return stream->capture->broken = true, CAPTURE_ISOLATION;
     return put(stream, "event", [] {}, [=] { return event->reached >= awaited; });
 }
-int cuStreamGetPriority(Stream*, int* priority) { return *priority = 0, SUCCESS; }
-int cuStreamGetFlags(Stream*, unsigned* flags) { return *flags = 1, SUCCESS; }
-int cuStreamGetCtx(Stream* handle, Context** context) {
-    ENTER("cuStreamGetCtx")
-    return *context = &contexts[stream_at(handle, "cuStreamGetCtx")->device], SUCCESS;
-}
 int cuEventCreate(Event** handle, unsigned flags) {
     IN_CONTEXT("cuEventCreate")
-    auto event = std::make_shared<Event>(Event{current.back()->device, !(flags & 2)});
+    auto event = std::make_shared<Event>(Event{current->device, !(flags & 2)});
     events[event.get()] = event;
     return *handle = event.get(), SUCCESS;
 }
@@ -634,11 +611,6 @@ int cuStreamEndCapture(Stream* handle, Graph** graph) {
     graphs.insert(*graph = capture.release());
     return SUCCESS;
 }
-int cuStreamIsCapturing(Stream* handle, int* status) {
-    IN_CONTEXT("cuStreamIsCapturing")
-    auto* stream = stream_at(handle, "cuStreamIsCapturing");
-    return *status = !stream->capture ? 0 : stream->capture->broken ? 2 : 1, SUCCESS;
-}
 int cuGraphInstantiateWithFlags(GraphExec** handle, Graph* graph, uint64_t) {
     IN_CONTEXT("cuGraphInstantiateWithFlags")
     if (!graphs.count(graph)) die("cuGraphInstantiateWithFlags: the graph is not alive");
@@ -684,12 +656,6 @@ int cuLibraryLoadData(Library** handle, const void* image, void*, void*, unsigne
     libraries.insert(*handle = library.release());
     return SUCCESS;
 }
-int cuLibraryUnload(Library* library) {
-    ENTER("cuLibraryUnload")
-    if (!libraries.erase(library)) die("cuLibraryUnload: the library is not loaded");
-    delete library;
-    return SUCCESS;
-}
 int cuLibraryGetKernel(Kernel** kernel, Library* library, const char* name) {
     ENTER("cuLibraryGetKernel")
     if (!libraries.count(library)) die("cuLibraryGetKernel: the library is not loaded");
@@ -707,20 +673,6 @@ int cuKernelSetAttribute(int attribute, int value, Kernel* kernel, int) {
     ENTER("cuKernelSetAttribute")
     if (attribute != 8 || value > 227 << 10) return INVALID_VALUE;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     return kernel->shared = value, SUCCESS;
-}
-int cuKernelGetParamInfo(Kernel* kernel, size_t index, size_t* offset, size_t* size) {
-    ENTER("cuKernelGetParamInfo")
-    if (index >= kernel->sizes.size()) return INVALID_VALUE;
-    *offset = kernel->offsets[index];
-    if (size) *size = kernel->sizes[index];
-    return SUCCESS;
-}
-int cuKernelGetFunction(Kernel** function, Kernel* kernel) { return *function = kernel, SUCCESS; }
-int cuLaunchKernel(Kernel* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, Stream* handle, void** args, void**) {
-    ON_STREAM("cuLaunchKernel")
-    const unsigned shape[6] = {gx, gy, gz, bx, by, bz};
-    return launch(kernel, shape, shared, stream, args);
 }
 struct LaunchConfig {
     unsigned shape[6], shared;
