@@ -130,9 +130,10 @@ def test_geometry_is_pillows_to_the_last_bit(
     ("width", "height", "spec"),
     [
         (1024, 1024, CHEXNET),
-        (2991, 2992, CHEXNET),  # 12 times: more words than are kept in registers
+        (2991, 2992, CHEXNET),  # 12 times: more words than registers keep
         (9001, 300, PreprocessSpec(resize=Exact(width=224, height=224))),  # too wide for all columns in one block
         (12, 9001, PreprocessSpec(resize=Exact(width=224, height=224))),
+        (1500, 90, PreprocessSpec(resize=Exact(width=224, height=224))),  # 5 rows a chunk, 2 steps an output row
         (2048, 2500, PreprocessSpec(square=True, resize=Exact(width=512, height=512))),  # two tiles
         (320, 390, PreprocessSpec(resize=Shorter(pixels=1100), crop=1024)),  # enlarged, four tiles
         (1, 11, CHEXNET),  # as much of a sliver as passes
@@ -167,7 +168,7 @@ def test_an_empty_slot_is_black_and_neighbours_are_whole(kernels: Any) -> None:
 def test_every_bucket_gives_the_same(kernels: Any) -> None:
     rng = np.random.default_rng(0)
     image = picture(rng, 411, 370, np.uint8)
-    for images in (1, 16, 40):
+    for images in (1, 20, 40):  # bands of 4, 8 and 16 rows
         made = Batch([image] * images, CHEXNET, np.zeros(65536, np.uint8), rng).input(kernels)
         assert (made == network_input(image, CHEXNET)).all()
 
@@ -347,12 +348,14 @@ def test_a_cam_whose_sums_could_overflow_is_left_to_the_cpu(kernels: Any) -> Non
 
 
 def test_too_many_regions_are_left_to_the_cpu(kernels: Any) -> None:
-    dots = np.zeros((1, 2, 40, 40), np.float32)
-    dots[0, 0, ::2, ::2] = 1  # 400 regions: more than a map has room for
-    dots[0, 1, 3, 4] = 1
+    dots = np.zeros((1, 2, 1600), np.float32)
+    corners = (np.arange(0, 40, 4)[:, np.newaxis] * 40 + np.arange(0, 40, 4)).ravel()
+    dots[0, 0, corners[:64]] = 1  # as many as a map has room for
+    dots[0, 1, corners[:65]] = 1
+    dots = dots.reshape(1, 2, 40, 40)
     results = found(kernels, dots, 40, [0.5, 0.5])
-    assert results["flags"].tolist() == [[OVERFLOW, 0]]
-    assert regions_from_results(results) == [((1, regions_from_cam(dots[0, 1], 40, 0.5)[0]),)]
+    assert results["flags"].tolist() == [[0, OVERFLOW]]
+    assert regions_from_results(results) == expected(dots[:, :1], 40, [0.5])
 
 
 def test_too_many_runs_are_left_to_the_cpu(kernels: Any) -> None:
