@@ -815,9 +815,12 @@ def _show_info(
         console.print(close)
 
     usable = Table("backend", "precision", "usable here", title="Backends")
-    for name, precisions in backends.items():
-        for precision, reason in precisions.items():
-            usable.add_row(name, precision, "[green]yes" if reason is None else f"no: {reason}")
+    for name, reasons in backends.items():
+        grouped: dict[str | None, list[str]] = {}  # no driver is no driver, whatever the precision
+        for precision, reason in reasons.items():
+            grouped.setdefault(reason, []).append(precision)
+        for reason, precisions in grouped.items():
+            usable.add_row(name, ", ".join(precisions), "[green]yes" if reason is None else f"no: {escape(reason)}")
     console.print(usable)
 
     cached = Table("plan", "batches", "MB", "fits this machine", title="Cached TensorRT plans")

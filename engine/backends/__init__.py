@@ -22,6 +22,7 @@ PRECISIONS: Final = ("fp32", "bf16", "fp16", "int8")
 """What `precision` may say, and always of what was executed."""
 
 _MODULES: Final = {
+    "tensorrt": "thoraxrt.engine.backends.tensorrt",
     "openvino": "thoraxrt.engine.backends.openvino",
     "onnxruntime": "thoraxrt.engine.backends.onnxruntime",
 }
@@ -60,8 +61,8 @@ class BackendModule(Protocol):
     """What it runs on: "cpu" or "cuda"."""
     open: Callable[[Bundle, str, int], Backend]
     """Load the bundle's network at a precision that `precisions` allows, on the GPU of this number."""
-    precisions: Callable[[int], Mapping[str, str | None]]
-    """Each precision's reason not to run on this machine, or on its GPU of this number; None where it runs.
+    precisions: Callable[[int, Bundle], Mapping[str, str | None]]
+    """Each precision's reason not to run this bundle on this machine, or on its GPU of this number; None where it runs.
 
     Raises BackendUnavailableError where the runtime itself is missing or broken.
     """
@@ -82,7 +83,7 @@ def _module(name: str) -> BackendModule:
 def available(name: str, bundle: Bundle, index: int = 0) -> dict[str, str | None]:
     """Per precision, why this backend cannot run this bundle here (on GPU number `index`), or None where it can."""
     try:
-        reasons = dict(_module(name).precisions(index))
+        reasons = dict(_module(name).precisions(index, bundle))
     except BackendUnavailableError as error:
         return dict.fromkeys(PRECISIONS, str(error))
     for precision, reason in reasons.items():

@@ -27,7 +27,7 @@ _NO_HALF = (
 )
 
 
-def precisions(device: int = 0) -> Mapping[str, str | None]:
+def precisions(device: int, bundle: Bundle) -> Mapping[str, str | None]:
     """See `thoraxrt.engine.backends.BackendModule`."""
     _import()
     return {"fp32": None, "bf16": _NO_HALF.format("bf16"), "fp16": _NO_HALF.format("fp16"), "int8": None}

@@ -28,7 +28,7 @@ DEVICE = "cpu"
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "bf16"}
 
 
-def precisions(device: int = 0) -> Mapping[str, str | None]:
+def precisions(device: int, bundle: Bundle) -> Mapping[str, str | None]:
     """See `thoraxrt.engine.backends.BackendModule`."""
     capabilities = _import().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {

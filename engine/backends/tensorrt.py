@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from thoraxrt.engine.backends import PRECISIONS, NetworkOutput
 from thoraxrt.engine.backends.tensorrt_plan import RTX, Device, Flavour, PlanOptions, listening
-from thoraxrt.engine.bundle import Bundle
+from thoraxrt.engine.bundle import Bundle, Manifest
 from thoraxrt.engine.cuda.cuda import Gpu, Memory, Pinned
+from thoraxrt.engine.cuda.executor import PipelineExecutor
 from thoraxrt.engine.errors import (
     BackendError,
     BackendUnavailableError,
@@ -35,6 +36,7 @@ from thoraxrt.engine.errors import (
     SignatureError,
 )
 from thoraxrt.engine.plans import CachedPlan, Machine, PlanCache, compile_plans, find_plans, this_machine
+from thoraxrt.engine.profile import Profile
 
 __all__ = ["DEVICE", "Network", "TensorRTBackend", "open", "precisions"]
 
@@ -352,6 +354,10 @@ class TensorRTBackend:
         largest = self.network.buckets[-1]
         parts = [self._exchange.run(images[start : start + largest]) for start in range(0, len(images), largest)]
         return NetworkOutput(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def executor(self, manifest: Manifest, profile: Profile | None) -> PipelineExecutor:
+        """See `thoraxrt.engine.execute.DeviceBackend`."""
+        return PipelineExecutor(self, manifest, profile)
 
     def close(self) -> None:
         """See `thoraxrt.engine.backends.Backend`."""

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from thoraxrt.engine import plans
 from thoraxrt.engine.backends import onnxruntime, tensorrt
@@ -21,11 +22,19 @@ from thoraxrt.engine.bundle import SCHEMA_VERSION, Bundle, FileEntry, Manifest, 
 from thoraxrt.engine.cuda.cuda import Gpu
 from thoraxrt.engine.cuda.executor import PipelineExecutor
 from thoraxrt.engine.decode import Radiograph
-from thoraxrt.engine.errors import DeviceError, DeviceMemoryError
-from thoraxrt.engine.execute import HostExecutor, Output
+from thoraxrt.engine.engine import Engine, Prediction
+from thoraxrt.engine.errors import (
+    BackendUnavailableError,
+    DeviceError,
+    DeviceMemoryError,
+    ImageContentError,
+    RequestError,
+)
+from thoraxrt.engine.execute import DeviceRadiograph, HostExecutor, Output
 from thoraxrt.engine.plans import PlanCache, PlanKey
 from thoraxrt.engine.postprocess import OperatingPoint, Sigmoid
 from thoraxrt.engine.preprocess import PreprocessSpec, Shorter
+from thoraxrt.engine.profile import Profile
 
 StandIn = runpy.run_path(str(Path(__file__).parents[1] / "tensorrt_stand_in.py"))["StandIn"]
 
@@ -147,6 +156,87 @@ def test_the_engines_path_through_it_gives_what_the_cpu_gives(trt: Any, bundle: 
             np.testing.assert_array_equal(answer.cam, other.cam)
             assert answer.regions == other.regions
     assert any(isinstance(answer, Output) and answer.regions for answer in expected)
+
+
+class OnDevice:
+    """An array on the software device, as PyCUDA's, CuPy's and torch's show themselves."""
+
+    def __init__(self, gpu: Gpu, pixels: np.ndarray) -> None:
+        self.shape, memory = pixels.shape, gpu.memory(pixels.nbytes)
+        with gpu.pinned(pixels.nbytes) as pinned, gpu.stream() as stream:
+            pinned.array[:] = pixels.reshape(-1)
+            stream.to_device(memory.address, pinned.address, pixels.nbytes)
+            stream.synchronize()
+        self.__cuda_array_interface__ = {
+            "shape": pixels.shape, "typestr": "|u1", "data": (memory.address, False), "version": 3, "strides": None
+        }  # fmt: skip
+
+
+def test_an_engine_on_the_gpu_answers_as_one_on_the_cpu(trt: Any, bundle: Bundle, driver: Any, tmp_path: Path) -> None:
+    pictures: list[Any] = list(radiographs(11))
+    deep = np.random.default_rng(2).integers(0, 65536, (40, 44), np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    sources = [*pictures[:5], tmp_path / "deep.png", b"no image", *pictures[5:]]
+    with Engine.open(bundle, backend="onnxruntime", batch=4) as engine:
+        expected = list(engine.predict(sources, cam=True))
+    for _ in driver.seeds(6):
+        with Engine.open(bundle, device="cuda:0", batch=4) as engine, Gpu.open(0) as gpu:
+            assert (engine.backend, engine.precision, engine.ahead) == ("tensorrt", "fp32", 2)
+            answers = list(engine.predict(sources, cam=True))
+            there = DeviceRadiograph(OnDevice(gpu, pictures[0].pixels))
+            elsewhere = DeviceRadiograph(pictures[0].pixels.astype(np.float32))
+            on_device, refused = engine.predict_batch([there, elsewhere])
+        for answer, other in zip(answers, expected, strict=True):
+            assert type(answer) is type(other)
+            if isinstance(answer, Prediction) and isinstance(other, Prediction):
+                assert answer.findings == other.findings
+                assert answer.boxes == other.boxes
+                np.testing.assert_array_equal(answer.cam, other.cam)
+                assert answer.backend == "tensorrt"
+        assert isinstance(on_device, Prediction)
+        assert isinstance(expected[0], Prediction)
+        assert on_device.boxes == expected[0].boxes
+        assert isinstance(refused, ImageContentError)
+    assert any(answer.boxes for answer in expected if isinstance(answer, Prediction))
+
+
+def test_a_plan_tuned_for_one_gpu_is_not_run_on_another(trt: Any, bundle: Bundle, driver: Any) -> None:
+    if plans.installed_flavour().name == "tensorrt":
+        with pytest.raises(BackendUnavailableError, match="tuned for Software GPU 0, this GPU is Software GPU 1"):
+            Engine.open(bundle, device="cuda:1")
+    else:
+        with Engine.open(bundle, device="cuda:1") as engine:
+            assert isinstance(engine.predict_batch(radiographs(1))[0], Prediction)
+    with pytest.raises((RequestError, BackendUnavailableError), match=r"cuda:2|GPU"):
+        Engine.open(bundle, device="cuda:2")
+
+
+def test_an_engine_outlives_its_gpu(trt: Any, bundle: Bundle, driver: Any) -> None:
+    pictures = radiographs(6)
+    with Engine.open(bundle, device="cuda", fall_back=True) as engine:
+        driver.fail("copy", 3, "ILLEGAL_ADDRESS")
+        answers = list(engine.predict(pictures))
+        lost = [isinstance(answer, DeviceError) for answer in answers]
+        assert any(lost)
+        assert not lost[-1]  # opened again
+        assert engine.backend == "tensorrt"
+    with Engine.open(bundle, device="cuda", fall_back=True) as engine:
+        driver.fail("copy", 1, "ILLEGAL_ADDRESS")
+        driver.fail("cuDevicePrimaryCtxReset", 1, "LAUNCH_FAILED")
+        answers = list(engine.predict(pictures))
+        assert isinstance(answers[-1], Prediction)
+        assert answers[-1].backend in ("openvino", "onnxruntime")
+    Gpu.open(0).close()  # a reset that works, and frees what the lost context held
+
+
+def test_the_gpus_stages_are_in_the_profile(trt: Any, bundle: Bundle, driver: Any) -> None:
+    profile = Profile()
+    with Engine.open(bundle, device="cuda", batch=4, profile=profile) as engine:
+        list(engine.predict(radiographs(8)))
+    spans = {(stage.lane, stage.stage): stage.spans for stage in profile.stages()}
+    for stage in ("geometry", "network", "boxes", "back"):
+        assert spans["cuda:0 compute", stage] == 2
+    assert spans["cuda:0 copy", "copy"] == 2
 
 
 def test_a_gpu_that_fails_while_it_runs_is_a_device_error_and_closing_is_safe(
