@@ -188,8 +188,10 @@ def _ran(part: str, work: Path, images: Path | None, budget: float) -> Outcome:
     command = [sys.executable, "-m", f"{_MODULES}.gpu_{part}", str(said), str(budget)]
     if images is not None:
         command.append(str(images.resolve()))
+        environment["GPU_CHECK_IMAGES"] = str(images.resolve())
     if part == "tests":
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}", "-rfEs",
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}", "-v", "--tb=short", "-W", "default",
+                   "-o", "junit_family=xunit1",
                    "--durations=5", "tests/engine/cuda/test_gpu.py"]  # fmt: skip
     start, last = time.monotonic(), ""
     with subprocess.Popen(
@@ -320,7 +322,7 @@ def _said_by(*command: str) -> str | None:
 
 def _print(report: dict[str, Any], device: str) -> None:
     console = Console(width=150)
-    failed = [test for test in report["tests"] if test["outcome"] in ("failure", "error")]
+    failed = [test for test in report["tests"] if test["outcome"] != "passed"]
     counts = {o: sum(t["outcome"] == o for t in report["tests"]) for o in ("passed", "failure", "error", "skipped")}
     table = Table(*("what", "measured", "target", "verdict", "floor", "note"), title=f"{device}, {report['date']}")
     for figure in report["figures"]:
@@ -335,7 +337,7 @@ def _print(report: dict[str, Any], device: str) -> None:
             "" if target is None else f"{'<=' if figure['better'] == 'lower' else '>='} {target:,g}",
             figure["verdict"],
             figure["floor"],
-            figure["note"],
+            figure["note"][:70],
         )
     console.print(table)
     if report["tests"]:

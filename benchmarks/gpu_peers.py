@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from thoraxrt.benchmarks.gpu import Said
-from thoraxrt.benchmarks.gpu_model import BUNDLE, CHECKPOINT, pixels
+from thoraxrt.benchmarks.gpu_model import BUNDLE, CHECKPOINT, compile_for, pixels
 from thoraxrt.engine.backends import tensorrt
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.cuda.pipeline import Network
@@ -180,6 +180,7 @@ def main(said: Said, work: Path, seconds: float, folder: Path | None) -> None:
     eager = AsTrained(read_checkpoint(work / CHECKPOINT).network, torch.float16).cuda()
     found: dict[str, dict[int, float]] = {name: {} for name in PEERS}
     reasons: dict[str, str] = {}
+    compile_for(bundle, "fp16", said)
     with contextlib.closing(tensorrt.open(bundle, "fp16")) as backend:
         ours = _ours(backend.network, backend.network.buckets[-1], spec.input_size, len(manifest.labels))
         for batch in _BATCHES:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -26,17 +27,21 @@ from torch import Tensor, nn
 
 from thoraxrt.benchmarks.gpu import Said
 from thoraxrt.benchmarks.gpu_kernels import DeviceBatch, fewest_bytes
-from thoraxrt.benchmarks.gpu_model import BUNDLE, pixels
+from thoraxrt.benchmarks.gpu_model import BUCKETS, BUNDLE, CHECKPOINT, compile_for, pixels
+from thoraxrt.benchmarks.gpu_torch import TorchLoaded
 from thoraxrt.engine.backends import tensorrt
 from thoraxrt.engine.backends.onnxruntime import open as open_onnxruntime
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.engine.cuda.cuda import Gpu, Graph, Stream
+from thoraxrt.engine.cuda.cuda import Gpu, Stream
+from thoraxrt.engine.cuda.executor import PipelineExecutor
 from thoraxrt.engine.cuda.kernels import source
 from thoraxrt.engine.cuda.pipeline import Network
-from thoraxrt.engine.decode import Radiograph
+from thoraxrt.engine.decode import Radiograph, ThreadDecoder
 from thoraxrt.engine.engine import Engine, Prediction
 from thoraxrt.engine.errors import ThoraxrtError
 from thoraxrt.engine.preprocess import network_input
+from thoraxrt.engine.profile import Profile
+from thoraxrt.export.checkpoint import read_checkpoint
 from thoraxrt.export.graph import IMAGENET, ServedNetwork
 from thoraxrt.export.networks import CxrNetwork, DenseNet
 
@@ -103,9 +108,9 @@ class NetworkTimes(NamedTuple):
 
 
 def network_milliseconds(
-    gpu: Gpu, network: Network, inputs: npt.NDArray[np.uint8], labels: int, repeats: int
+    gpu: Gpu, network: Network, inputs: npt.NDArray[np.uint8], labels: int, repeats: int, *, captured: bool = True
 ) -> dict[int, NetworkTimes]:
-    """The network alone at each of its buckets; a new input is copied in, untimed, before each launch.
+    """The network alone at each of its buckets, captured or not; a new input is copied in, untimed, before each launch.
 
     `inputs` are uint8 `(M, 1, S, S)`, at least as many as the largest bucket. Binds the network's addresses,
     which nobody else may have done.
@@ -131,19 +136,26 @@ def network_milliseconds(
             copy(stream, 0)
             network.enqueue(bucket, stream.handle)  # once uncaptured: whatever is made at first use is made here
             stream.synchronize()
-            with gpu.graph(lambda captured, bucket=bucket: network.enqueue(bucket, captured.handle)) as graph:  # type: ignore[misc]
-                device = device_milliseconds(gpu, [graph.launch], repeats, copy)
-                times[bucket] = NetworkTimes(device, _waited_for(stream, graph, copy, repeats))
+            enqueue = partial(_enqueue, network, bucket)
+            launch = gpu.graph(enqueue).launch if captured else enqueue
+            device = device_milliseconds(gpu, [launch], repeats, copy)
+            times[bucket] = NetworkTimes(device, _waited_for(stream, launch, copy, repeats))
     return times
 
 
-def _waited_for(stream: Stream, graph: Graph, copy: Callable[[Stream, int], None], repeats: int) -> list[float]:
+def _enqueue(network: Network, bucket: int, stream: Stream) -> None:
+    network.enqueue(bucket, stream.handle)
+
+
+def _waited_for(
+    stream: Stream, launch: Callable[[Stream], None], copy: Callable[[Stream, int], None], repeats: int
+) -> list[float]:
     times = []
     for index in range(repeats):
         copy(stream, index)
         stream.synchronize()
         start = time.perf_counter()
-        graph.launch(stream)
+        launch(stream)
         stream.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     return times
@@ -279,31 +291,58 @@ def _fp16_product(side: int = 8192) -> float:
 # --- the part --------------------------------------------------------------------------------------
 
 
-def _network_alone(said: Said, bundle: Bundle, precision: str, inputs: npt.NDArray[np.uint8], best: Ceilings) -> float:
-    """Report the network alone; gives its best rate in images per second."""
-    with contextlib.closing(tensorrt.open(bundle, precision)) as backend:
-        labels = len(bundle.manifest.labels)
-        times = network_milliseconds(backend.gpu, backend.network, inputs, labels, 200)
-        if precision == "int8":
-            said.fact(int8_layers=_executed_types(backend.network.layers()))
+class _Candidate(NamedTuple):
+    """An FP16 network to measure: what its figures are called, the backend, and the engine at a batch size."""
+
+    prefix: str
+    captured: bool
+    open: Callable[[], Any]
+    engine: Callable[[int, Profile | None], Engine]
+
+
+def _tensorrt(said: Said, bundle: Bundle) -> _Candidate:
+    """As a user opens it. Raises BackendError where TensorRT runs no plan here."""
+    compile_for(bundle, "fp16", said)
+    tensorrt.open(bundle, "fp16").close()
+
+    def engine(batch: int, profile: Profile | None) -> Engine:
+        return Engine.open(bundle, backend="tensorrt", precision="fp16", device="cuda:0", batch=batch, profile=profile)
+
+    return _Candidate("", True, lambda: tensorrt.open(bundle, "fp16"), engine)
+
+
+def _pytorch(bundle: Bundle, checkpoint: Path) -> _Candidate:
+    def load() -> TorchLoaded:
+        return TorchLoaded(read_checkpoint(checkpoint).network, bundle, BUCKETS)
+
+    def engine(batch: int, profile: Profile | None) -> Engine:
+        executor = PipelineExecutor(load(), bundle.manifest, profile or Profile())
+        return Engine(bundle, executor, ThreadDecoder(), batch=batch)
+
+    return _Candidate("PyTorch in TensorRT's place: ", False, load, engine)
+
+
+def _network_alone(
+    said: Said, bundle: Bundle, loaded: Any, name: str, inputs: npt.NDArray[np.uint8], best: Ceilings, captured: bool
+) -> float:
+    """Report the network alone at each bucket; gives its best rate in images per second."""
+    labels = len(bundle.manifest.labels)
+    times = network_milliseconds(loaded.gpu, loaded.network, inputs, labels, 200, captured=captured)
     work = network_work(DenseNet(num_classes=labels), bundle.manifest.preprocess.input_size)
+    half = loaded.precision == "fp16"  # whose ceilings were measured
     medians = {bucket: statistics.median(time.device) for bucket, time in times.items()}
     for bucket, ms in medians.items():
-        floor = work.floor_ms(bucket, best.fp16, best.copy, 1 if precision == "int8" else 2)
         said.figure(
-            "speed",
-            f"network alone, {precision}, batch {bucket}, p50",
-            "ms",
-            ms,
-            floor=f"{floor:.3f} ms" if precision == "fp16" else "",
+            *("speed", f"{name}, batch {bucket}, p50", "ms", ms),
+            floor=f"{work.floor_ms(bucket, best.fp16, best.copy):.3f} ms" if half else "",
             note=f"launch to result {statistics.median(times[bucket].waited_for):.3f} ms",
         )
     batch = max(medians, key=lambda bucket: bucket / medians[bucket])
     rate = 1000 * batch / medians[batch]
     floor = 1000 * batch / work.floor_ms(batch, best.fp16, best.copy)
     said.figure(
-        *("speed", f"network alone, {precision}, best batch", "images/s", rate),
-        floor=f"{floor:,.0f} images/s" if precision == "fp16" else "",
+        *("speed", f"{name}, best batch", "images/s", rate),
+        floor=f"{floor:,.0f} images/s" if half else "",
         note=f"batch {batch}",
     )
     return rate
@@ -348,30 +387,38 @@ def _kernels(said: Said, gpu: Gpu, bundle: Bundle, images: Sequence[npt.NDArray[
 
 
 def _whole(
-    said: Said, bundle: Bundle, radiographs: Sequence[Radiograph], network: float | None, best: Ceilings
+    said: Said,
+    candidate: _Candidate,
+    radiographs: Sequence[Radiograph],
+    network: float | None,
+    best: Ceilings,
 ) -> None:
     """Report decoded pixels to findings and boxes, through the engine."""
-    with Engine.open(bundle, backend="tensorrt", precision="fp16", device="cuda:0") as engine:
+    name = f"{candidate.prefix}pixels to findings and boxes"
+    with candidate.engine(1, None) as engine:
         times = latencies_ms(lambda one: _checked(engine.predict_batch([one])), radiographs, 1000)
     p50, p99 = np.percentile(times, [50, 99]).tolist()
-    said.figure("speed", "pixels to findings and boxes, batch 1, p50", "ms", p50)
-    said.figure("speed", "pixels to findings and boxes, batch 1, p99", "ms", p99)
+    said.figure("speed", f"{name}, batch 1, p50", "ms", p50)
+    said.figure("speed", f"{name}, batch 1, p99", "ms", p99)
     rates = {}
     for batch in (32, 64, 128):
-        with Engine.open(bundle, backend="tensorrt", precision="fp16", device="cuda:0", batch=batch) as engine:
+        with candidate.engine(batch, None) as engine:
             rates[batch] = images_per_second(engine.predict, radiographs, 4.0)
-        said.figure("speed", f"pixels to findings and boxes, batch {batch}", "images/s", rates[batch])
+        said.figure("speed", f"{name}, batch {batch}", "images/s", rates[batch])
     copied = best.to_device / statistics.mean(radiograph.pixels.nbytes for radiograph in radiographs)
     batch, rate = max(rates.items(), key=lambda item: item[1])
-    slower = min(copied, network) if network else None
     said.figure(
-        "speed",
-        "pixels to findings and boxes, best batch",
-        "% of the slower of network and copy",
-        100 * rate / slower if slower else None,
-        floor=f"network {network or float('nan'):,.0f}, copy {copied:,.0f} images/s",
+        *("speed", f"{name}, best batch", "% of the slower of network and copy"),
+        100 * rate / min(copied, network) if network else None,
+        floor=f"network {network:,.0f}, copy {copied:,.0f} images/s" if network else "",
         note=f"batch {batch}: {rate:,.0f} images/s" + ("" if network else "; the network alone was not measured"),
     )
+    for batch in (1, 32):  # where the time goes: with a profile nothing is captured, so the sum is more
+        with candidate.engine(batch, profile := Profile()) as engine:
+            for _ in range(20):
+                _checked(engine.predict_batch(radiographs[:batch]))
+        stages = {f"{stage.lane} {stage.stage}": round(stage.p50_ms, 4) for stage in profile.stages()}
+        said.fact(**{f"stages_batch_{batch}_p50_ms": stages})
 
 
 def _checked(answers: Sequence[Prediction | ThoraxrtError]) -> None:
@@ -406,13 +453,22 @@ def main(said: Said, work: Path, folder: Path | None) -> None:
             _kernels(said, gpu, bundle, images, best)
     inputs = np.stack([network_input(image, bundle.manifest.preprocess) for image in images])
     inputs = np.concatenate([inputs, inputs[::-1]])  # more than the largest bucket, so that batches differ
-    with stage("network alone, fp16"):
-        network = _network_alone(said, bundle, "fp16", inputs, best)
+    candidate = None
+    with stage("TensorRT"):
+        candidate = _tensorrt(said, bundle)
+    candidate = candidate or _pytorch(bundle, work / CHECKPOINT)
+    with stage(f"{candidate.prefix}network alone, fp16"), contextlib.closing(candidate.open()) as loaded:
+        name = f"{candidate.prefix}network alone, fp16"
+        network = _network_alone(said, bundle, loaded, name, inputs, best, candidate.captured)
     radiographs = [Radiograph.from_pixels(image) for image in images]
-    with stage("pixels to findings and boxes"):
-        _whole(said, bundle, radiographs, network, best)
-    with stage("network alone, int8"):
-        _network_alone(said, bundle, "int8", inputs, best)
+    with stage(f"{candidate.prefix}pixels to findings and boxes"):
+        _whole(said, candidate, radiographs, network, best)
+    if candidate.captured:
+        with stage("network alone, int8"):
+            compile_for(bundle, "int8", said)
+            with contextlib.closing(tensorrt.open(bundle, "int8")) as loaded:
+                _network_alone(said, bundle, loaded, "network alone, int8", inputs, best, True)
+                said.fact(int8_layers=_executed_types(loaded.network.layers()))
     if failed:
         raise SystemExit("; ".join(failed))
 
