@@ -288,18 +288,17 @@ def _device_count(driver: Any) -> int:
     """How many devices this process sees; at least one. Raises BackendUnavailableError."""
     try:
         _value(driver.cuInit(0))
-        count = int(_value(driver.cuDeviceGetCount()))
+        if count := int(_value(driver.cuDeviceGetCount())):
+            return count
+        reason = "the driver shows none"
     except Exception as error:
         if not _is_cuda(error):
             raise
-        raise BackendUnavailableError(
-            f"no GPU can be used here: {_said(error)}; see that NVIDIA's driver works (nvidia-smi), or run on the CPU"
-        ) from error
-    if count == 0:
-        raise BackendUnavailableError(
-            "no GPU can be used here: the driver shows none; see CUDA_VISIBLE_DEVICES and nvidia-smi, or run on the CPU"
-        )
-    return count
+        reason = _said(error)
+    raise BackendUnavailableError(
+        f"no GPU can be used here: {reason}; see that NVIDIA's driver works (nvidia-smi) and that "
+        "CUDA_VISIBLE_DEVICES hides no GPU, or run on the CPU"
+    )
 
 
 def _reset(index: int, others: int) -> None:

@@ -32,7 +32,7 @@
 namespace {
 
 enum : int {
-    SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101,
+    SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101,
     INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600,
     CONTEXT_IS_DESTROYED = 709, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_ISOLATION = 905,
 };
@@ -125,7 +125,6 @@ void seed(unsigned value) {
 
 __attribute__((constructor)) void start() {
     for (int i = 0; i < 8; i++) contexts[i].device = contexts[i].standard.device = i;
-    if (const char* text = getenv("STUB_DEVICES")) devices = atoi(text);
     seed(0);
 }
 
@@ -354,7 +353,6 @@ int cuGetExportTable(const void** table, const void*) { return *table = nullptr,
 
 int cuInit(unsigned) {
     LOCK("cuInit")
-    if (devices == 0) return NO_DEVICE;
     initialised = true;
     return SUCCESS;
 }
@@ -695,6 +693,7 @@ void stub_reset() {
     std::lock_guard<std::recursive_mutex> lock(mutex);
     faults.clear();
     total_memory = MEMORY;
+    devices = 2;
     seed(0);
 }
 // Which order work runs in from now on.
@@ -712,6 +711,11 @@ void stub_fail(const char* name, unsigned nth, int code) {
 void stub_name(int code, const char* name) {
     std::lock_guard<std::recursive_mutex> lock(mutex);
     names[code] = name;
+}
+// How many devices there are, up to 8.
+void stub_devices(int count) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    devices = count;
 }
 // How much memory each device has, in bytes.
 void stub_memory(size_t size) {

@@ -51,7 +51,7 @@ class Driver:
             self._library.stub_name(int(code), code.name.encode())
 
     def reset(self) -> None:
-        """Back to the first seed, the usual memory and no failures to come."""
+        """Back to two devices, their usual memory, the first seed and no failures to come."""
         self._library.stub_reset()
 
     def kernels(self, *libraries: Path) -> None:
@@ -73,6 +73,10 @@ class Driver:
         from cuda.bindings.driver import CUresult
 
         self._library.stub_fail(name.encode(), nth, int(getattr(CUresult, f"CUDA_ERROR_{code}")))
+
+    def devices(self, count: int) -> None:
+        """Have so many devices, two unless told."""
+        self._library.stub_devices(count)
 
     def memory(self, size: int) -> None:
         """Give each device `size` bytes."""

@@ -288,7 +288,6 @@ def test_closing_in_any_order_and_twice(driver: Any, affine: Callable[[Gpu], Ker
         order.shuffle(things)
         for thing in [*things, *things]:
             thing.close()
-        del things, module, thing
         assert driver.alive().total() == 0
 
 
@@ -481,6 +480,12 @@ def test_no_device(driver: Any) -> None:
     driver.fail("cuInit", 1, "NO_DEVICE")
     with pytest.raises(BackendUnavailableError, match=r"no GPU can be used here: CUDA_ERROR_NO_DEVICE.*nvidia-smi"):
         Gpu.open(0)
+    driver.devices(0)
+    with pytest.raises(BackendUnavailableError, match=r"the driver shows none.*CUDA_VISIBLE_DEVICES"):
+        Gpu.open(0)
+    driver.devices(1)
+    with pytest.raises(RequestError, match="there is no cuda:1: this process sees one GPU, cuda:0;"):
+        Gpu.open(1)
 
 
 @pytest.mark.parametrize(
@@ -573,6 +578,10 @@ def test_device_arrays_that_are_refused(driver: Any) -> None:
         ):
             with pytest.raises(ImageContentError, match=expected):
                 pixels_from_array(array, stream)
+        driver.fail("cuPointerGetAttribute", 1, "LAUNCH_FAILED")
+        with pytest.raises(DeviceError, match="cuda:0 failed to take a device array and is lost"):
+            pixels_from_array(Array(here, (10, 10)), stream)
+    Gpu.open(0).close()
 
 
 @pytest.mark.parametrize("tells", [True, False])
