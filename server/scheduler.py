@@ -1,0 +1,369 @@
+"""One loaded model's life between the event loop, the decoder and the engine's thread.
+
+Owns that thread and the lock around the policy (`thoraxrt.server.batching`), which decides; this module carries
+images and answers. The engine's thread and the decoder's workers take their next work from the policy themselves,
+so that neither waits for the event loop. Knows nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Collection, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from functools import partial
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from thoraxrt.engine.decode import Decoder, Radiograph
+from thoraxrt.engine.engine import Batch, Engine, Prediction
+from thoraxrt.engine.errors import DeadlineError, ServerError, ThoraxrtError
+from thoraxrt.server.batching import Batcher, BatchingOptions, Job, Priority, RefusedError, Ticket
+
+__all__ = ["FaultError", "Scheduler", "Telemetry"]
+
+_log = logging.getLogger(__name__)
+
+
+class Telemetry(Protocol):
+    """What a scheduler reports, from any thread; `model` is the scheduler's."""
+
+    def stage(self, model: str, stage: str, seconds: float) -> None:
+        """One image spent so long in a stage: queue, decode, batch_wait or network."""
+
+    def batch(self, model: str, size: int) -> None:
+        """A batch of so many images has gone to the engine."""
+
+    def refused(self, model: str, reason: str) -> None:
+        """An image was not admitted (images, bytes, client, deadline), or its deadline passed (expired)."""
+
+    def queue(self, model: str, depth: int) -> None:
+        """So many images are in the server now."""
+
+
+class FaultError(Exception):
+    """An image met a fault of the server, which has been logged by type and place; it says nothing of the image."""
+
+
+class _Item:
+    """What the policy carries of one image: its bytes until they are handed to the decoder, its pixels after it."""
+
+    __slots__ = ("answer", "cam", "data", "findings", "picture")
+
+    def __init__(
+        self, data: bytes, findings: Collection[str] | None, cam: bool, answer: asyncio.Future[Prediction]
+    ) -> None:
+        self.data = data
+        self.findings = findings
+        self.cam = cam
+        self.answer = answer
+        self.picture: Radiograph | None = None
+
+
+_Answer = Prediction | Exception
+
+
+class Scheduler:
+    """Answers one model's images in the order and the batches that `BatchingOptions` ask for.
+
+    Engine and decoder stay their owner's, and are to be closed after the scheduler. `model` names it in `telemetry`.
+    All methods are for one event loop's thread, and none of them is slow there.
+
+    Example:
+        scheduler = Scheduler(engine, engine.decoder, BatchingOptions(), telemetry, model="chexnet")
+        await scheduler.warm_up()
+        ticket = scheduler.admit(2.0, Priority.ROUTINE, "client")
+        try:
+            prediction = await scheduler.predict(ticket, data)
+        finally:
+            scheduler.release(ticket)
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        decoder: Decoder,
+        options: BatchingOptions,
+        telemetry: Telemetry,
+        *,
+        model: str = "default",
+    ) -> None:
+        self.model = model
+        self._engine = engine
+        self._decoder = decoder
+        self._telemetry = telemetry
+        self._policy: Batcher[_Item] = Batcher(options, ahead=engine.ahead)
+        self._changed = threading.Condition(threading.Lock())  # around the policy and `_closed`
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._refusal: str | None = "the model is not warm yet"
+        self._timer: asyncio.TimerHandle | None = None
+        self._empty: asyncio.Event | None = None  # while draining
+
+    async def warm_up(self) -> None:
+        """Start the engine's thread and run the network twice at every batch size that will be used; then admit.
+
+        Raises what the network failed with.
+        """
+        self._loop = asyncio.get_running_loop()
+        warm: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(warm,), name="engine", daemon=True)
+        self._thread.start()
+        await asyncio.wrap_future(warm)
+        self._refusal = None
+
+    # On the event loop
+
+    def admit(self, deadline_s: float | None, priority: Priority, client: str, images: int = 1) -> Ticket[_Item]:
+        """Make room for a request before it is read; see `Batcher.admit`. `release` it in any case.
+
+        Raises OverloadedError, DeadlineError or RequestError, and ServerError while the model is not served.
+        """
+        if self._refusal:
+            raise ServerError(f"{self._refusal}; try again later, or another server")
+        try:
+            with self._changed:
+                ticket = self._policy.admit(deadline_s, priority, client, images)
+        except RefusedError as error:
+            self._telemetry.refused(self.model, error.reason)
+            raise
+        self._watch(ticket.deadline)
+        return ticket
+
+    async def predict(
+        self, ticket: Ticket[_Item], data: bytes, *, findings: Collection[str] | None = None, cam: bool = False
+    ) -> Prediction:
+        """The answer for one of a ticket's images; see `Engine.predict`. Cancelling it takes the image out.
+
+        Raises what the image or the engine met (ThoraxrtError, FaultError), OverloadedError where too many bytes
+        wait, DeadlineError once the deadline has passed, ServerError where the scheduler is closed before.
+        """
+        self._engine.check_findings(findings)
+        item = _Item(data, findings, cam, self._loop.create_future())
+        try:
+            with self._changed:
+                job = self._policy.enter(ticket, len(data), item)
+        except RefusedError as error:
+            self._telemetry.refused(self.model, error.reason)
+            raise
+        self._telemetry.queue(self.model, self._policy.images)
+        self._feed()
+        try:
+            return await item.answer
+        except asyncio.CancelledError:
+            with self._changed:
+                self._policy.drop(job)
+            self._check_empty()
+            # Where the answer came just before, asyncio would complain that nobody took its exception.
+            _ = item.answer.cancelled() or item.answer.exception()
+            raise
+
+    def release(self, ticket: Ticket[_Item]) -> None:
+        """Give back the room of the images that a ticket's request did not bring."""
+        with self._changed:
+            self._policy.release(ticket)
+        self._check_empty()
+
+    async def drain(self, grace_s: float) -> None:
+        """Admit nothing more and answer what has been admitted, for at most `grace_s` seconds.
+
+        What is left then gets ServerError.
+        """
+        self._refusal = "the model is being unloaded"
+        self._empty = asyncio.Event()
+        self._check_empty()
+        try:
+            await asyncio.wait_for(self._empty.wait(), grace_s)
+        except TimeoutError:
+            _log.warning("%s: %d images were not answered within %g s", self.model, self._policy.images, grace_s)
+        self._abandon()
+
+    async def close(self) -> None:
+        """Give what is left ServerError, and wait for the engine's thread: it ends after the batch that it runs."""
+        self._refusal = "the model has been unloaded"
+        self._abandon()
+        if self._timer:
+            self._timer.cancel()
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread:
+            await asyncio.to_thread(self._thread.join)
+
+    def _abandon(self) -> None:
+        with self._changed:
+            jobs = self._policy.abandon()
+        error = ServerError("the model was unloaded before this image's turn; try again later, or another server")
+        self._deliver([(job.item, error) for job in jobs])
+
+    def _watch(self, deadline: float | None) -> None:
+        """Have `_expire` called at the deadline, or earlier."""
+        if deadline is None:
+            return
+        delay = max(deadline - time.monotonic(), 0.0)
+        if self._timer is None or self._timer.when() > self._loop.time() + delay:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = self._loop.call_later(delay, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        with self._changed:
+            jobs, deadline = self._policy.expired(), self._policy.next_deadline()
+        for _ in jobs:
+            self._telemetry.refused(self.model, "expired")
+        error = DeadlineError("the deadline passed before the answer was there; try again, or allow it more time")
+        self._deliver([(job.item, error) for job in jobs])
+        self._watch(deadline)
+
+    def _deliver(self, answers: Sequence[tuple[_Item, _Answer]]) -> None:
+        for item, answer in answers:
+            if item.answer.done():  # cancelled or expired meanwhile
+                continue
+            if isinstance(answer, Exception):
+                item.answer.set_exception(answer)
+            else:
+                item.answer.set_result(answer)
+        self._check_empty()
+
+    def _check_empty(self) -> None:
+        if self._empty and not self._policy.images:
+            self._empty.set()
+
+    # In the decoder's workers, and on the event loop
+
+    def _feed(self) -> None:
+        """Hand the decoder what the policy says, as long as it says something."""
+        while job := self._next_to_decode():
+            self._telemetry.stage(self.model, "queue", job.decode_began - job.entered)
+            data, job.item.data = job.item.data, b""
+            decoding: Future[Radiograph]
+            try:
+                decoding = self._decoder.submit(data)
+            except Exception as error:
+                decoding = Future()
+                decoding.set_exception(error)
+            if decoding.done():  # without a callback, which would come back here once more for each image
+                self._decoded(job, decoding)
+            else:
+                decoding.add_done_callback(partial(self._decoded_and_feed, job))
+
+    def _next_to_decode(self) -> Job[_Item] | None:
+        with self._changed:
+            return self._policy.next_to_decode()
+
+    def _decoded_and_feed(self, job: Job[_Item], decoding: Future[Radiograph]) -> None:
+        self._decoded(job, decoding)
+        self._feed()
+
+    def _decoded(self, job: Job[_Item], decoding: Future[Radiograph]) -> None:
+        error: Exception | None = None
+        try:
+            job.item.picture = decoding.result()
+        except ThoraxrtError as its_own:
+            error = its_own
+        except (Exception, CancelledError) as fault:
+            error = _logged("the decoder", fault)
+        with self._changed:
+            wanted = not job.dropped
+            if error:
+                self._policy.drop(job)
+            self._policy.decoded(job)
+            self._changed.notify()
+        if wanted and not error:
+            self._telemetry.stage(self.model, "decode", job.decode_ended - job.decode_began)
+        else:
+            self._post([(job.item, error)] if error else [])
+
+    def _post(self, answers: Sequence[tuple[_Item, _Answer]]) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and nobody waits
+            self._loop.call_soon_threadsafe(self._deliver, answers)
+
+    # In the engine's thread
+
+    def _run(self, warm: Future[None]) -> None:
+        try:
+            self._warm_up()
+        except Exception as error:
+            warm.set_exception(error)
+            return
+        warm.set_result(None)
+        started: deque[tuple[list[Job[_Item]], Batch | Exception]] = deque()
+        while True:
+            with self._changed:
+                while not (jobs := self._policy.next_batch()) and not started and not self._closed:
+                    self._changed.wait()
+            if jobs:
+                self._feed()  # there is room for more to be decoded
+                self._telemetry.batch(self.model, len(jobs))
+                started.append((jobs, self._start(jobs)))
+            if started and (not jobs or len(started) > self._engine.ahead):
+                self._finish(*started.popleft())
+            elif not jobs:
+                return
+
+    def _warm_up(self) -> None:
+        size = self._engine.manifest.preprocess.input_size
+        blank = Radiograph.from_pixels(np.zeros((size, size), np.uint8))
+        for images in self._policy.options.sizes:
+            for _ in range(2):  # the first run may compile and allocate; the second one is what it takes
+                began = time.monotonic()
+                for answer in self._engine.predict_batch([blank] * images):
+                    if isinstance(answer, ThoraxrtError):
+                        raise answer
+                seconds = time.monotonic() - began
+            with self._changed:
+                self._policy.times.learn_batch(images, seconds)
+
+    def _start(self, jobs: Sequence[Job[_Item]]) -> Batch | Exception:
+        pictures = [job.item.picture for job in jobs if job.item.picture is not None]
+        try:
+            cam = any(job.item.cam for job in jobs)
+            return self._engine.start(pictures, [job.item.findings for job in jobs], cam=cam)
+        except ThoraxrtError as error:
+            return error
+        except Exception as fault:
+            return _logged("the engine", fault)
+
+    def _finish(self, jobs: Sequence[Job[_Item]], batch: Batch | Exception) -> None:
+        answers: list[tuple[_Item, _Answer]]
+        try:
+            if isinstance(batch, Exception):
+                raise batch
+            results = zip(jobs, batch.result(), strict=True)
+            answers = [(job.item, _without_cam(answer, job.item.cam)) for job, answer in results]
+        except (ThoraxrtError, FaultError) as error:
+            answers = [(job.item, error) for job in jobs]
+        except Exception as fault:
+            logged = _logged("the engine", fault)
+            answers = [(job.item, logged) for job in jobs]
+        ended = time.monotonic()
+        with self._changed:
+            self._policy.batch_done()
+            depth = self._policy.images
+        self._post(answers)
+        self._telemetry.queue(self.model, depth)
+        for job in jobs:
+            self._telemetry.stage(self.model, "batch_wait", job.batch_began - job.decode_ended)
+            self._telemetry.stage(self.model, "network", ended - job.batch_began)
+
+
+def _without_cam(answer: Prediction | ThoraxrtError, wanted: bool) -> _Answer:
+    """The answer without the CAMs that another image of its batch asked for."""
+    if wanted or isinstance(answer, ThoraxrtError) or answer.cam is None:
+        return answer
+    return msgspec.structs.replace(answer, cam=None)
+
+
+def _logged(where: str, fault: BaseException) -> FaultError:
+    """What the images get for an exception that nobody expected; what it says stays unsaid: it may quote a patient."""
+    place = "".join(traceback.format_tb(fault.__traceback__))
+    _log.error("%s failed with %s\n%s", where, type(fault).__name__, place)
+    return FaultError(f"{where} failed with {type(fault).__name__}; the server's log says where")
