@@ -27,6 +27,7 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -57,7 +58,9 @@ struct Op {
 };
 
 struct Graph {
+    int mode;  // 0: forbids some calls to every thread, 1: to the one that captures, 2: to none
     std::vector<Op> nodes;
+    std::thread::id thread = std::this_thread::get_id();
     bool broken = false;  // by a call that a capture forbids
 };
 
@@ -83,7 +86,7 @@ struct Kernel {
     std::string name;
     void (*host)(const unsigned*, const unsigned*, unsigned, void**);
     std::vector<unsigned> sizes;  // of its arguments
-    unsigned shared = 48 << 10;            // dynamic shared memory allowed
+    unsigned shared = 48 << 10;   // dynamic shared memory allowed
 };
 
 struct Library {
@@ -106,7 +109,7 @@ bool initialised = false;
 int devices = 2;
 size_t total_memory = MEMORY;
 Context contexts[8];
-std::set<Stream*> streams;                     // alive, by handle
+std::set<Stream*> streams;                      // alive, by handle
 std::vector<std::shared_ptr<Stream>> draining;  // all that have work, destroyed ones too
 std::map<Stream*, std::shared_ptr<Stream>> stream_owners;
 std::map<Event*, std::shared_ptr<Event>> events;
@@ -230,11 +233,13 @@ std::shared_ptr<Event> event_at(Event* handle, const char* name) {
     return events.at(handle);
 }
 
-// A call that a capture in this thread forbids.
+// A call that captures forbid.
 int forbidden_in_capture() {
     bool found = false;
     for (auto* stream : streams)
-        if (stream->capture) found = stream->capture->broken = true;
+        if (Graph* graph = stream->capture.get())
+            if (graph->mode == 0 || (graph->mode == 1 && graph->thread == std::this_thread::get_id()))
+                found = graph->broken = true;
     return found ? CAPTURE_UNSUPPORTED : SUCCESS;
 }
 
@@ -597,9 +602,9 @@ int cuEventElapsedTime(float* milliseconds, Event* start, Event* end) {
 
 // Graphs.
 
-int cuStreamBeginCapture(Stream* handle, int) {
+int cuStreamBeginCapture(Stream* handle, int mode) {
     ON_STREAM("cuStreamBeginCapture")
-    return stream->capture = std::make_unique<Graph>(), SUCCESS;
+    return stream->capture.reset(new Graph{mode, {}}), SUCCESS;
 }
 int cuStreamEndCapture(Stream* handle, Graph** graph) {
     ON_STREAM("cuStreamEndCapture")
@@ -628,17 +633,10 @@ int cuGraphExecDestroy(GraphExec* handle) {
     if (!execs.erase(handle)) die("cuGraphExecDestroy: the graph is not alive");
     return SUCCESS;
 }
-int cuGraphLaunch(GraphExec* handle, Stream* stream_handle) {
-    Stream* handle_ = stream_handle;
-    {
-        auto* handle = handle_;
-        ON_STREAM("cuGraphLaunch")
-        (void)stream;
-    }
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    auto* stream = stream_at(handle_, "cuGraphLaunch");
-    if (!execs.count(handle)) die("cuGraphLaunch: the graph is not alive");
-    auto exec = execs[handle];
+int cuGraphLaunch(GraphExec* graph, Stream* handle) {
+    ON_STREAM("cuGraphLaunch")
+    if (!execs.count(graph)) die("cuGraphLaunch: the graph is not alive");
+    auto exec = execs[graph];
     unsigned long turn = exec->launched++;
     put(stream, "event", [] {}, [=] { return exec->finished == turn; });  // launches of one graph take turns
     for (auto& node : exec->nodes) put(stream, node.kind, node.run);
