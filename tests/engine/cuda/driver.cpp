@@ -171,6 +171,13 @@ void check_zones(int device, const char* what) {
     }
 }
 
+// Makes a context unusable; what it had in flight is gone.
+void lose(int device, int code) {
+    contexts[device].sticky = code;
+    for (auto& stream : draining)
+        if (stream->device == device) stream->queue.clear();
+}
+
 // Runs one piece of work that may run now; false where there is none.
 bool step() {
     draining.erase(std::remove_if(draining.begin(), draining.end(), [](auto& s) { return s->queue.empty(); }),
@@ -182,12 +189,9 @@ bool step() {
     auto stream = able[std::uniform_int_distribution<size_t>(0, able.size() - 1)(random_)];
     Op op = std::move(stream->queue.front());
     stream->queue.pop_front();
-    Context& context = contexts[stream->device];
     clock_ += 1;
     if (int code = fault(op.kind.substr(0, op.kind.find(' ')))) {
-        context.sticky = code;
-        for (auto& other : draining)
-            if (other->device == stream->device) other->queue.clear();
+        lose(stream->device, code);
         return true;
     }
     op.run();
@@ -323,7 +327,7 @@ int launch(Kernel* kernel, const unsigned* shape, unsigned shared, Stream* strea
 #define LOCK(name)                                        \
     std::lock_guard<std::recursive_mutex> lock(mutex);    \
     if (int code = fault(name)) {                         \
-        if (STICKY.count(code) && current) current->sticky = code; \
+        if (STICKY.count(code) && current) lose(current->device, code); \
         return code;                                      \
     }
 #define ENTER(name) \
@@ -401,16 +405,15 @@ int cuDevicePrimaryCtxRelease(int device) {
 int cuDevicePrimaryCtxReset(int device) {
     ENTER("cuDevicePrimaryCtxReset")
     Context& context = contexts[device];
+    lose(device, SUCCESS);
     for (auto& [address, size] : context.memory) free(reinterpret_cast<void*>(address - ZONE));
     for (auto& [address, size] : context.pinned) free(reinterpret_cast<void*>(address));
     context.memory.clear();
     context.pinned.clear();
     context.used = 0;
-    context.sticky = 0;
     context.active = false;
     for (auto it = stream_owners.begin(); it != stream_owners.end();) {
         if (it->first->device != device) { ++it; continue; }
-        it->first->queue.clear();
         streams.erase(it->first);
         it = stream_owners.erase(it);
     }
