@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -39,7 +39,7 @@ from rich.table import Table
 from thoraxrt.engine.backends.tensorrt_plan import current_device
 from thoraxrt.engine.errors import BackendUnavailableError
 
-__all__ = ["TARGETS", "Figure", "Outcome", "Said", "cases_from_junit", "check", "figures_from_outcomes", "main"]
+__all__ = ["TARGETS", "Figure", "Outcome", "Said", "cases_from_lines", "check", "figures_from_outcomes", "main"]
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = REPOSITORY / "benchmarks" / "results"
@@ -124,7 +124,7 @@ TARGETS: Final = (  # the table of what the engine must reach on an H200
     Figure(part="peers", name="ahead of ONNX Runtime CUDA", unit="x", target=1, better="higher"),
 )  # fmt: skip
 
-_BUDGET_S: Final = {"model": 150, "tests": 150, "kernels": 50, "speed": 100, "peers": 160}
+_BUDGET_S: Final = {"model": 150, "tests": 145, "kernels": 45, "speed": 120, "peers": 150}
 """Seconds; the model is made while the tests run, so that 460 are left to be waited for."""
 _ALONE_S: Final = 320  # of a part asked for alone
 
@@ -177,9 +177,8 @@ def check(parts: Iterable[Part], images: Path | None, work: Path = _WORK) -> lis
 
 def _ran(part: str, work: Path, images: Path | None, budget: float) -> Outcome:
     """One part's process, its output passed on with the time, ended at its budget of seconds."""
-    said, junit = work / f"{part}.jsonl", work / f"{part}.xml"
-    for old in (said, junit):
-        old.unlink(missing_ok=True)
+    said = work / f"{part}.jsonl"
+    said.unlink(missing_ok=True)
     environment = os.environ | {
         "THORAXRT_CACHE": str(work / "cache"),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -189,10 +188,6 @@ def _ran(part: str, work: Path, images: Path | None, budget: float) -> Outcome:
     if images is not None:
         command.append(str(images.resolve()))
         environment["GPU_CHECK_IMAGES"] = str(images.resolve())
-    if part == "tests":
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}", "-v", "--tb=short", "-W", "default",
-                   "-o", "junit_family=xunit1",
-                   "--durations=5", "tests/engine/cuda/test_gpu.py"]  # fmt: skip
     start, last = time.monotonic(), ""
     with subprocess.Popen(
         command,
@@ -217,8 +212,7 @@ def _ran(part: str, work: Path, images: Path | None, budget: float) -> Outcome:
         reason = (
             f"it had not ended after its {budget:.0f} s" if seconds >= budget else f"exit status {status}: {last[:300]}"
         )
-    lines = cases_from_junit(junit) if part == "tests" else _lines(said)
-    return Outcome(part=part, seconds=round(seconds, 1), reason=reason, said=lines)
+    return Outcome(part=part, seconds=round(seconds, 1), reason=reason, said=_lines(said))
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -232,23 +226,13 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def cases_from_junit(file: Path) -> list[dict[str, Any]]:
-    """Each test's name, outcome, seconds, reason and recorded properties, from pytest's XML."""
-    if not file.exists():
-        return []
-    tests = []
-    for case in ET.parse(file).getroot().iter("testcase"):
-        wrong = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        tests.append(
-            {
-                "test": case.get("name"),
-                "outcome": "passed" if wrong is None else wrong.tag,
-                "seconds": float(case.get("time", 0)),
-                "reason": "" if wrong is None else (wrong.get("message") or "")[:500],
-                "properties": {p.get("name"): p.get("value") for p in case.iter("property")},
-            }
-        )
-    return tests
+def cases_from_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each test as it was last spoken of (see `gpu_tests`); a failed teardown does not hide a failed call."""
+    cases: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if "test" in line and cases.get(line["test"], {}).get("outcome") != "failed":
+            cases[line["test"]] = line
+    return list(cases.values())
 
 
 def figures_from_outcomes(outcomes: Iterable[Outcome]) -> list[Figure]:
@@ -281,7 +265,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
         "figures": [
             msgspec.to_builtins(figure) | {"verdict": figure.verdict} for figure in figures_from_outcomes(outcomes)
         ],
-        "tests": [line for o in outcomes for line in o.said if "test" in line],
+        "tests": cases_from_lines(line for o in outcomes for line in o.said),
         "facts": {
             key: value
             for o in outcomes
@@ -322,8 +306,7 @@ def _said_by(*command: str) -> str | None:
 
 def _print(report: dict[str, Any], device: str) -> None:
     console = Console(width=150)
-    failed = [test for test in report["tests"] if test["outcome"] != "passed"]
-    counts = {o: sum(t["outcome"] == o for t in report["tests"]) for o in ("passed", "failure", "error", "skipped")}
+    counts = Counter(test["outcome"] for test in report["tests"])
     table = Table(*("what", "measured", "target", "verdict", "floor", "note"), title=f"{device}, {report['date']}")
     for figure in report["figures"]:
         value, target = figure["value"], figure["target"]
@@ -340,15 +323,14 @@ def _print(report: dict[str, Any], device: str) -> None:
             figure["note"][:70],
         )
     console.print(table)
-    if report["tests"]:
-        console.print("tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count))
-    for test in failed:
-        console.print(
-            f"  {test['outcome']}: {test['test']}: {test['reason'].splitlines()[0] if test['reason'] else ''}"
-        )
+    if counts:
+        console.print("tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    for test in report["tests"]:
+        if test["outcome"] != "passed":
+            console.print(f"  {test['outcome']}: {test['test']}: {test.get('reason', '')[-300:]}", markup=False)
     for part, ended in report["parts"].items():
         if ended["failed"]:
-            console.print(f"{part} failed after {ended['seconds']} s: {ended['failed']}")
+            console.print(f"{part} failed after {ended['seconds']} s: {ended['failed']}", markup=False)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from thoraxrt.benchmarks.gpu import (
     Figure,
     Outcome,
     Said,
-    cases_from_junit,
+    cases_from_lines,
     check,
     figures_from_outcomes,
     summary,
 )
+from thoraxrt.benchmarks.gpu_tests import run
 from thoraxrt.engine.backends.tensorrt_plan import current_device
 from thoraxrt.engine.errors import BackendUnavailableError
 
@@ -68,25 +69,36 @@ def test_what_a_part_did_not_say_is_not_measured_and_why(tmp_path: Path) -> None
     json.dumps(found)
 
 
-def test_pytests_own_report_is_read(tmp_path: Path) -> None:
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n"
+def test_each_test_is_reported_and_one_that_takes_its_process_down_hides_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "import os, pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
         "def test_good(record_property): record_property('bytes', 12)\n"
         "def test_bad(): assert 1 == 2, 'one is not two'\n"
+        "@pytest.mark.parametrize('x', ['a b'])\n"
+        "def test_dies(x): os.abort()\n"
         "def test_not_here(): pytest.skip('no GPU')\n"
         "@pytest.fixture\n"
-        "def broken(): raise ValueError('no way')\n"
-        "def test_error(broken): pass\n"
+        "def broken():\n"
+        "    yield\n"
+        "    raise ValueError('no way')\n"
+        "def test_teardown(broken): assert 3 == 4\n"
+        "def test_warns():\n"
+        "    import warnings\n"
+        "    warnings.warn('somebody else\\'s')\n"
     )
-    junit = tmp_path / "junit.xml"
-    subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", tmp_path], cwd=tmp_path, check=False)
-    tests = {test["test"]: test for test in cases_from_junit(junit)}
+    said = tmp_path / "tests.jsonl"
+    assert run(said, str(file)) not in (0, 5)
+    tests = {test["test"].split("::")[-1]: test for test in cases_from_lines(gpu._lines(said))}
     assert {name: test["outcome"] for name, test in tests.items()} == {
-        "test_good": "passed", "test_bad": "failure", "test_not_here": "skipped", "test_error": "error",
+        "test_good": "passed", "test_bad": "failed", "test_dies[a b]": "crashed", "test_not_here": "skipped",
+        "test_teardown": "failed", "test_warns": "passed",
     }  # fmt: skip
-    assert tests["test_good"]["properties"] == {"bytes": "12"}
+    assert tests["test_good"]["properties"] == {"bytes": 12}
     assert "one is not two" in tests["test_bad"]["reason"]
-    assert tests["test_not_here"]["reason"] == "no GPU"
+    assert "no GPU" in tests["test_not_here"]["reason"]
+    assert "3 == 4" in tests["test_teardown"]["reason"]
 
 
 def test_a_part_that_fails_or_hangs_leaves_the_others_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

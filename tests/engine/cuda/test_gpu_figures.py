@@ -15,7 +15,7 @@ import pytest
 
 from tests.engine.cuda.network import HostNetwork, noise
 from thoraxrt.benchmarks.gpu_kernels import DeviceBatch, differences, fewest_bytes, odd_batch
-from thoraxrt.benchmarks.gpu_speed import (
+from thoraxrt.benchmarks.gpu_timing import (
     copy_to_device_gb_s,
     device_milliseconds,
     images_per_second,
