@@ -33,6 +33,9 @@ admitted on the prediction alone would miss it, and cost the network for nothing
 _WEIGHT: Final = 0.2
 """Of the latest observation in a learned time."""
 
+_SHARE_WEIGHT: Final = 0.05
+"""Of the latest image in the learned share of routine ones."""
+
 _SLACK: Final = 2.0
 """A batch's learned time is not believed where it is so many times what other sizes say; see `_Times`."""
 
@@ -177,6 +180,7 @@ class Batcher(Generic[T]):
         self._decoded: dict[Priority, set[Job[T]]] = {p: set() for p in Priority}
         self._running: deque[_Running[T]] = deque()
         self._batch_ended = -math.inf
+        self._routine_share = 1.0  # of the images taken while a routine one waits
         self._decode_turns = _Turns(options.routine_every)
         self._batch_turns = _Turns(options.routine_every)
 
@@ -258,11 +262,18 @@ class Batcher(Generic[T]):
         Two stages that overlap: the slower one governs, and the first or last step of the other is added.
         """
         times = self.times
-        before = [Priority.STAT] if priority is Priority.STAT else list(Priority)
-        undecoded = images + sum(self._undecoded[p] for p in before)
-        unanswered = undecoded + sum(len(self._decoded[p]) for p in before)
+        undecoded = images + self._undecoded[priority]
+        unanswered = undecoded + len(self._decoded[priority])
+        if priority is Priority.ROUTINE:
+            # STAT images go first: those that are here and, at the rate of late, those that are yet to come.
+            stat = self._undecoded[Priority.STAT]
+            undecoded, unanswered = (
+                max(undecoded + stat, math.ceil(undecoded / self._routine_share)),
+                max(unanswered + stat + len(self._decoded[Priority.STAT]), math.ceil(unanswered / self._routine_share)),
+            )
         decode = times.decode_s * max(1.0, undecoded / self.options.workers)
-        last = times.of(min(unanswered, self.options.max_batch))
+        # Those who come later fill up the batch that it runs in.
+        last = times.of(self.options.max_batch if self._running else min(unanswered, self.options.max_batch))
         return max(decode + last, times.decode_s + self._network_s(unanswered, now))
 
     def _network_s(self, images: int, now: float) -> float:
@@ -274,6 +285,8 @@ class Batcher(Generic[T]):
             seconds = abs(first.began + first.expected - now)
             seconds += sum(running.expected for running in itertools.islice(self._running, 1, None))
         full, rest = divmod(images, self.options.max_batch)
+        if self._running and rest:
+            full, rest = full + 1, 0
         return seconds + full * self.times.of(self.options.max_batch) + self.times.of(rest)
 
     def _seconds_until_answered(self, images: int, now: float) -> float:
@@ -321,6 +334,8 @@ class Batcher(Generic[T]):
         priority = self._decode_turns.next(self._may_decode(Priority.STAT), self._may_decode(Priority.ROUTINE))
         if priority is None:
             return None
+        if self._waiting[Priority.ROUTINE]:
+            self._routine_share += _SHARE_WEIGHT * ((priority is Priority.ROUTINE) - self._routine_share)
         job, _ = self._waiting[priority].popitem(last=False)
         self._decoding[priority] += 1
         job.stage, job.decode_began = Stage.DECODING, self._clock()
@@ -360,6 +375,12 @@ class Batcher(Generic[T]):
             oldest = min(job.decode_ended for jobs in self._decoded.values() for job in jobs)
             if now < oldest + self.options.max_delay_s:
                 return []
+        late = now + self.times.of(min(ready, self.options.max_batch))
+        doomed = [job for jobs in self._decoded.values() for job in jobs if job.ticket.deadline <= late]
+        if len(doomed) < ready:  # else one bad time would be believed for ever
+            for job in doomed:
+                self._lapse(job)
+            ready -= len(doomed)
         size = self._batch_size(min(ready, self.options.max_batch))
         # In the order in which they came, not in which they were decoded.
         stat, routine = (
@@ -411,13 +432,16 @@ class Batcher(Generic[T]):
         while self._deadlines and self._deadlines[0][0] <= now:
             ticket = heapq.heappop(self._deadlines)[2]
             self.release(ticket)
-            lapsed = sorted((job for job in ticket.jobs if not job.dropped), key=lambda job: job.number)
-            self._lapsed += lapsed
-            for job in lapsed:
-                self.drop(job)
+            for job in sorted(ticket.jobs, key=lambda job: job.number):
+                self._lapse(job)
         if len(self._deadlines) > 2 * self._images + 64:  # the finished ones' deadlines may be far
             self._deadlines = [entry for entry in self._deadlines if entry[2].expected or entry[2].jobs]
             heapq.heapify(self._deadlines)
+
+    def _lapse(self, job: Job[T]) -> None:
+        if not job.dropped:
+            self._lapsed.append(job)
+            self.drop(job)
 
     def drop(self, job: Job[T]) -> None:
         """Nobody waits for this answer: the image leaves at once, or once the decoder or the engine returns it.
@@ -472,6 +496,7 @@ class _Times:
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self._sizes = sizes
         self._batch_s: dict[int, float] = {}
+        self._believed: dict[int, float] = {}  # what `of` has worked out
         self.decode_s = 0.0
 
     def learn_decode(self, seconds: float) -> None:
@@ -482,6 +507,7 @@ class _Times:
         """A batch of so many images took so long."""
         size = self._size(images)
         self._batch_s[size] = _learned(self._batch_s.get(size, 0.0), seconds)
+        self._believed.clear()
 
     def of(self, images: int) -> float:
         """What a batch of so many images takes; 0 for none, and where nothing is known.
@@ -489,12 +515,14 @@ class _Times:
         A larger batch takes no less, several smaller ones no less: where those say far less, the size's own time
         is an accident that nothing may ever correct, because it keeps such batches from being admitted.
         """
-        if not images:
-            return 0.0
+        if images not in self._believed:
+            self._believed[images] = self._of(images) if images else 0.0
+        return self._believed[images]
+
+    def _of(self, images: int) -> float:
         size = self._size(images)
         others = (s * max(1, math.ceil(size / known)) for known, s in self._batch_s.items() if known != size)
-        limit = _SLACK * min(others, default=math.inf)
-        seconds = min(self._batch_s.get(size, math.inf), limit)
+        seconds = min(self._batch_s.get(size, math.inf), _SLACK * min(others, default=math.inf))
         return 0.0 if seconds == math.inf else seconds
 
     def _size(self, images: int) -> int:

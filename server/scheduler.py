@@ -217,10 +217,7 @@ class Scheduler:
         self._timer = None
         with self._changed:
             jobs, deadline = self._policy.expired(), self._policy.next_deadline()
-        for _ in jobs:
-            self._telemetry.refused(self.model, "expired")
-        error = DeadlineError("the deadline passed before the answer was there; try again, or allow it more time")
-        self._deliver([(job.item, error) for job in jobs])
+        self._report_late(jobs)
         self._watch(deadline)
 
     def _deliver(self, answers: Sequence[tuple[_Item, _Answer]]) -> None:
@@ -237,7 +234,7 @@ class Scheduler:
         if self._empty and not self._policy.images:
             self._empty.set()
 
-    # In the decoder's workers, and on the event loop
+    # In any thread
 
     def _feed(self) -> None:
         """Hand the decoder what the policy says, as long as it says something."""
@@ -282,6 +279,14 @@ class Scheduler:
         else:
             self._post([(job.item, error)] if error else [])
 
+    def _report_late(self, jobs: Sequence[Job[_Item]]) -> None:
+        if not jobs:
+            return
+        for _ in jobs:
+            self._telemetry.refused(self.model, "expired")
+        error = DeadlineError("the answer would come after the deadline; try again, or allow the call more time")
+        self._post([(job.item, error) for job in jobs])
+
     def _post(self, answers: Sequence[tuple[_Item, _Answer]]) -> None:
         with suppress(RuntimeError):  # the loop has ended, and nobody waits
             self._loop.call_soon_threadsafe(self._deliver, answers)
@@ -300,6 +305,8 @@ class Scheduler:
             with self._changed:
                 while not (jobs := self._policy.next_batch()) and not started and not self._closed:
                     self._changed.wait()
+                late = self._policy.expired()
+            self._report_late(late)
             if jobs:
                 self._feed()  # there is room for more to be decoded
                 self._telemetry.batch(self.model, len(jobs))
