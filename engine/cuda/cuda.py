@@ -313,15 +313,14 @@ def _reset(index: int, others: int) -> None:
     try:
         device = _value(driver.cuDeviceGet(index))
         _value(driver.cuDevicePrimaryCtxReset(device))
-        _value(driver.cuDevicePrimaryCtxRetain(device))  # a reset context is made anew by the next who retains it
-        try:
-            core.Device(index).set_current()
-            address = _value(driver.cuMemAlloc(sent.nbytes))
-            _value(driver.cuMemcpyHtoD(address, sent.ctypes.data, sent.nbytes))
-            _value(driver.cuMemcpyDtoH(received.ctypes.data, address, sent.nbytes))
-            _value(driver.cuMemFree(address))
-        finally:
-            driver.cuDevicePrimaryCtxRelease(device)  # cuda-core holds it too
+        # Who retains a reset context first makes it anew. Kept for good, as cuda-core keeps its own: a reset
+        # releases nobody's, says the reference, and a release too many would end the context.
+        _value(driver.cuDevicePrimaryCtxRetain(device))
+        core.Device(index).set_current()
+        address = _value(driver.cuMemAlloc(sent.nbytes))
+        _value(driver.cuMemcpyHtoD(address, sent.ctypes.data, sent.nbytes))
+        _value(driver.cuMemcpyDtoH(received.ctypes.data, address, sent.nbytes))
+        _value(driver.cuMemFree(address))
     except Exception as error:
         if not _is_cuda(error):
             raise
@@ -613,8 +612,9 @@ class DevicePixels(NamedTuple):
 def pixels_from_array(array: object, stream: Stream) -> DevicePixels:
     """A device array's pixels, not copied: uint8 or uint16 `(H, W)`, rows at any pitch, pixels side by side.
 
-    `array` speaks `__cuda_array_interface__` or DLPack and lies on the stream's device. What its
-    producer has still to do to it on a stream of its own comes before later work on `stream`.
+    `array` speaks `__cuda_array_interface__` or DLPack and lies on the stream's device, in its
+    primary context (those of torch and CuPy do; PyCUDA's with `pycuda.autoprimaryctx`). What its
+    producer has still to do to it, on a stream that it tells, comes before later work on `stream`.
     Raises ImageContentError for any other array.
     """
     gpu = stream._gpu
@@ -628,7 +628,7 @@ def pixels_from_array(array: object, stream: Stream) -> DevicePixels:
                 f"a {type(array).__name__} is no device array: {error}; "
                 "expected uint8 or uint16 (H, W) by __cuda_array_interface__ or DLPack"
             ) from error
-    if not view.is_device_accessible or view.device_id != gpu.index:
+    if view.device_id != gpu.index:
         where = f"cuda:{view.device_id}" if view.device_id >= 0 else "the host"
         raise ImageContentError(f"the array lies on {where}, the engine runs on {gpu}: copy it there first")
     if view.dtype not in (np.uint8, np.uint16) or len(view.shape) != 2 or 0 in view.shape:
