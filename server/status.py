@@ -1,11 +1,12 @@
 """The one table between the error tree and gRPC statuses, for both ends of the wire.
 
-Owns what an error looks like on the wire: a status code for anyone, its message, and the error's
-name in trailing metadata for our own client. Knows nothing of calls or servers.
+Owns what an error looks like on the wire: a status code for anyone, its message, and in trailing
+metadata the error's name for our own client and when to try again for any. Knows nothing of calls or servers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
@@ -13,24 +14,37 @@ import grpc
 
 from thoraxrt.engine import errors
 from thoraxrt.engine.errors import (
+    AccessError,
+    AuthenticationError,
     BackendError,
     BackendUnavailableError,
     BundleError,
+    DeadlineError,
     ImageError,
+    ModelNotFoundError,
+    OverloadedError,
     RequestError,
     ServerError,
     ThoraxrtError,
 )
 
-__all__ = ["ERROR_KEY", "Status", "error_from_status", "fault", "status_from_error"]
+__all__ = ["ERROR_KEY", "PUSHBACK_KEY", "Status", "error_from_status", "fault", "status_from_error"]
 
 ERROR_KEY: Final = "thoraxrt-error"
 """The trailing metadata key that holds the error's name; part of the wire contract."""
+
+PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
+"""gRPC's own key for when to try again, in whole milliseconds: see its proposal A6, "Pushback"."""
 
 _CODES: Final = {
     # Image limits too: RESOURCE_EXHAUSTED is what clients retry, and this image will never fit.
     ImageError: grpc.StatusCode.INVALID_ARGUMENT,
     RequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
+    AccessError: grpc.StatusCode.PERMISSION_DENIED,
+    AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,
+    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     # Not UNAVAILABLE, which clients retry: someone has to repair the server first.
     BundleError: grpc.StatusCode.FAILED_PRECONDITION,
     BackendUnavailableError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -58,7 +72,10 @@ def status_from_error(error: ThoraxrtError) -> Status:
     """The status of an error of ours; a message beyond 2,000 bytes of UTF-8 is cut."""
     kinds = [kind for kind in type(error).__mro__ if kind in _CODES]
     named = next(kind for kind in type(error).__mro__ if kind in _TYPES.values())
-    return Status(_CODES[kinds[0]], _cut(str(error)), ((ERROR_KEY, named.__name__),))
+    metadata = [(ERROR_KEY, named.__name__)]
+    if isinstance(error, OverloadedError):
+        metadata.append((PUSHBACK_KEY, str(math.ceil(1000 * error.retry_after_s))))
+    return Status(_CODES[kinds[0]], _cut(str(error)), tuple(metadata))
 
 
 def fault() -> Status:
@@ -74,9 +91,17 @@ def error_from_status(
     Anything else is a ServerError that says what to do.
     """
     kind = _TYPES.get(str(trailing_metadata.get(ERROR_KEY)))
+    if kind is OverloadedError:
+        return OverloadedError(details, retry_after_s=_pushback_s(trailing_metadata))
     if kind is not None:
         return kind(details)
     return ServerError(_server_message(code, details, address))
+
+
+def _pushback_s(trailing_metadata: Mapping[str, object]) -> float:
+    """Seconds; 0 where the server gave no such hint."""
+    value = str(trailing_metadata.get(PUSHBACK_KEY))
+    return int(value) / 1000 if value.isdecimal() else 0.0
 
 
 def _server_message(code: grpc.StatusCode, details: str, address: str) -> str:

@@ -28,10 +28,31 @@ def test_every_error_arrives_as_the_type_and_message_that_it_was(name):
         (BackendUnavailableError("x"), grpc.StatusCode.FAILED_PRECONDITION),
         (errors.BackendError("x"), grpc.StatusCode.INTERNAL),
         (errors.RequestError("x"), grpc.StatusCode.INVALID_ARGUMENT),
+        (errors.ModelNotFoundError("x"), grpc.StatusCode.NOT_FOUND),
+        (errors.AuthenticationError("x"), grpc.StatusCode.UNAUTHENTICATED),
+        (errors.AuthorizationError("x"), grpc.StatusCode.PERMISSION_DENIED),
+        (errors.OverloadedError("x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (errors.DeadlineError("x"), grpc.StatusCode.DEADLINE_EXCEEDED),
     ],
 )
 def test_codes_are_the_protos(error, code):
     assert status_from_error(error).code is code
+
+
+@pytest.mark.parametrize(("seconds", "hint"), [(0.0, "0"), (0.0001, "1"), (1.5, "1500"), (3600.0, "3600000")])
+def test_an_overload_says_in_milliseconds_when_to_try_again(seconds, hint):
+    status = status_from_error(errors.OverloadedError("x", retry_after_s=seconds))
+    assert dict(status.trailing_metadata) == {ERROR_KEY: "OverloadedError", "grpc-retry-pushback-ms": hint}
+    arrived = error_from_status(status.code, status.details, dict(status.trailing_metadata), "host:1")
+    assert arrived.retry_after_s == int(hint) / 1000
+
+
+@pytest.mark.parametrize("hint", [None, "-1", "soon"])
+def test_a_hint_that_is_none_is_no_wait(hint):
+    arrived = error_from_status(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "x", {ERROR_KEY: "OverloadedError", "grpc-retry-pushback-ms": hint}, "h:1"
+    )
+    assert arrived.retry_after_s == 0
 
 
 def test_a_subclass_from_elsewhere_travels_as_its_nearest_ancestor():
