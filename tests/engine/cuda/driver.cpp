@@ -163,11 +163,11 @@ bool is_pinned(uintptr_t address, size_t size) {
 }
 
 void check_zones(int device, const char* what) {
+    static const std::string zone(ZONE, char(ZONE_BYTE));
     for (auto& [address, size] : contexts[device].memory) {
         auto* base = reinterpret_cast<unsigned char*>(address);
-        for (size_t i = 0; i < ZONE; i++)
-            if (base[-1 - ptrdiff_t(i)] != ZONE_BYTE || base[size + i] != ZONE_BYTE)
-                die("%s wrote outside the memory of %zu bytes at 0x%zx on cuda:%d", what, size, size_t(address), device);
+        if (memcmp(base - ZONE, zone.data(), ZONE) || memcmp(base + size, zone.data(), ZONE))
+            die("%s wrote outside the memory of %zu bytes at 0x%zx on cuda:%d", what, size, size_t(address), device);
     }
 }
 
