@@ -24,7 +24,16 @@ from thoraxrt.engine.boxes import Box, boxes_from_regions, sort_boxes
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Decoder, Radiograph, ThreadDecoder
 from thoraxrt.engine.errors import BackendError, ImageError, ImageFormatError, RequestError, ThoraxrtError
-from thoraxrt.engine.execute import DeviceRadiograph, Executor, Output, Pending, Picture, open_executor
+from thoraxrt.engine.execute import (
+    DeviceRadiograph,
+    Executor,
+    NetworkInput,
+    Output,
+    Pending,
+    Picture,
+    geometry_of,
+    open_executor,
+)
 from thoraxrt.engine.postprocess import Finding, findings_from_logits, thresholds
 from thoraxrt.engine.profile import Profile, span
 
@@ -208,7 +217,7 @@ class Engine:
         manifest = self.manifest
         # From a finding's logit to its log-odds, the others' logits held: zero but for softmax.
         biases = manifest.network.bias + (manifest.activation.log_odds(output.logits) - output.logits)
-        geometry = manifest.preprocess.geometry(picture.width, picture.height)
+        geometry = geometry_of(picture, manifest.preprocess)
         boxes = [
             box
             for index, regions in itertools.groupby(output.regions, key=lambda pair: pair[0])
@@ -232,7 +241,7 @@ class Engine:
         self._check_open()
         future: Future[Any] = Future()
         try:
-            if isinstance(image, (Radiograph, DeviceRadiograph)):
+            if isinstance(image, (Radiograph, DeviceRadiograph, NetworkInput)):
                 future.set_result(image)
             else:
                 data = image if isinstance(image, bytes) else read_image(Path(image))

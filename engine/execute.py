@@ -20,7 +20,7 @@ from thoraxrt.engine.bundle import Bundle, Manifest
 from thoraxrt.engine.decode import Radiograph
 from thoraxrt.engine.errors import BackendError, DeviceError, ImageContentError, ThoraxrtError
 from thoraxrt.engine.postprocess import reported, thresholds
-from thoraxrt.engine.preprocess import network_input
+from thoraxrt.engine.preprocess import Exact, Geometry, PreprocessSpec, network_input
 from thoraxrt.engine.profile import Profile, span
 
 __all__ = [
@@ -29,9 +29,11 @@ __all__ = [
     "DeviceRadiograph",
     "Executor",
     "HostExecutor",
+    "NetworkInput",
     "Output",
     "Picture",
     "Reopening",
+    "geometry_of",
     "not_finite",
     "open_executor",
 ]
@@ -59,8 +61,39 @@ class DeviceRadiograph(NamedTuple):
         return int(self.array.shape[0])
 
 
-Picture = Radiograph | DeviceRadiograph
-"""A radiograph in host memory or in a GPU's."""
+class NetworkInput(NamedTuple):
+    """What geometry would have made of a radiograph: uint8 `(S, S)`, for a client that does it itself."""
+
+    array: npt.NDArray[np.uint8]
+
+    @property
+    def width(self) -> int:
+        """Pixels in a row."""
+        return int(self.array.shape[1])
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return int(self.array.shape[0])
+
+
+Picture = Radiograph | DeviceRadiograph | NetworkInput
+"""A radiograph in host memory or in a GPU's, or the network's input itself."""
+
+
+def geometry_of(picture: Picture, spec: PreprocessSpec) -> Geometry:
+    """From the picture to the network's input: the spec's, but nothing for what is that input already.
+
+    Raises ImageLimitError for a sliver, ImageContentError for a network input of another type or size.
+    """
+    if not isinstance(picture, NetworkInput):
+        return spec.geometry(picture.width, picture.height)
+    size = spec.input_size
+    if picture.array.dtype != np.uint8 or picture.array.shape != (size, size):
+        raise ImageContentError(
+            f"the network's input is {picture.array.dtype} {picture.array.shape}; expected uint8 ({size}, {size})"
+        )
+    return PreprocessSpec(resize=Exact(width=size, height=size)).geometry(size, size)
 
 
 class Output(NamedTuple):
@@ -180,6 +213,9 @@ class HostExecutor:
                     f"the image is in a GPU's memory and {self.backend} runs on the CPU: copy it to a host array, "
                     "or open the engine with device='cuda'"
                 )
+            if isinstance(picture, NetworkInput):
+                geometry_of(picture, self._manifest.preprocess)
+                return picture.array[np.newaxis]  # (1, S, S)
             return network_input(picture.pixels, self._manifest.preprocess)
         except ThoraxrtError as error:
             return error

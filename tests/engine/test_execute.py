@@ -19,7 +19,17 @@ from thoraxrt.engine.errors import (
     ImageLimitError,
     RequestError,
 )
-from thoraxrt.engine.execute import Answers, DeviceRadiograph, Executor, HostExecutor, Output, Picture, Reopening
+from thoraxrt.engine.execute import (
+    Answers,
+    DeviceRadiograph,
+    Executor,
+    HostExecutor,
+    NetworkInput,
+    Output,
+    Picture,
+    Reopening,
+)
+from thoraxrt.engine.preprocess import network_input
 from thoraxrt.export.phantoms import phantom
 
 
@@ -166,3 +176,26 @@ def test_a_device_rules_out_the_backends_of_the_other_kind(sample_bundle: Bundle
         choose(sample_bundle, precision="bf16", device="cuda:7")
     with pytest.raises(BackendUnavailableError, match="onnxruntime: it runs on cpu"):
         choose(sample_bundle, "onnxruntime", device="cuda")
+
+
+def test_a_client_may_do_geometry_itself(sample_bundle: Bundle, radiographs: list[Radiograph]) -> None:
+    spec = sample_bundle.manifest.preprocess
+    arrays = [network_input(radiograph.pixels, spec)[0] for radiograph in radiographs]
+    with Engine.open(sample_bundle, device="cpu", batch=4) as engine:
+        whole, ready = engine.predict_batch(radiographs), engine.predict_batch([NetworkInput(a) for a in arrays])
+        small, floats = engine.predict_batch([NetworkInput(arrays[0][1:]), NetworkInput(arrays[0].astype(np.float32))])
+    boxes = 0
+    for one, other, radiograph in zip(whole, ready, radiographs, strict=True):
+        assert isinstance(one, Prediction)
+        assert isinstance(other, Prediction)
+        assert one.findings == other.findings
+        assert (other.width, other.height) == (spec.input_size, spec.input_size)
+        geometry = spec.geometry(radiograph.width, radiograph.height)
+        for box, there in zip(one.boxes, other.boxes, strict=True):
+            assert there.score == box.score
+            assert geometry.source_x(there.peak.x) == pytest.approx(box.peak.x)
+            boxes += 1
+    assert boxes
+    assert isinstance(small, ImageContentError)
+    assert isinstance(floats, ImageContentError)
+    assert "expected uint8 (224, 224)" in str(small)
