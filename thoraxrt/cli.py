@@ -321,7 +321,10 @@ def compile_bundle(
         int | None, typer.Option(metavar="MIB", help="Most scratch memory of a layer; else all of the device's.")
     ] = None,
     hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="For every GPU from Ampere on (tensorrt).")
+        bool,
+        typer.Option(
+            "--hardware-compatible", help="For every GPU from Ampere on; with tensorrt_rtx instead of --target."
+        ),
     ] = False,
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="For later runtimes of the same major version (tensorrt).")
