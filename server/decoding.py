@@ -17,7 +17,6 @@ import math
 import mmap
 import os
 import resource
-import shlex
 import signal
 import socket
 import struct
@@ -46,6 +45,7 @@ __all__ = ["ProcessDecoder", "WorkerLimits"]
 _COMMAND: Final = (sys.executable, "-P", "-m", "thoraxrt.server.decoding")
 
 _START_S: Final = 30.0  # for an interpreter and its imports, 0.3 to 1 s where the disk is not cold
+_ATTEMPTS: Final = 3  # to replace a worker, before it counts as impossible
 _BACKOFF_S: Final = 0.1  # after a failed start, doubled up to the longest
 _LONGEST_BACKOFF_S: Final = 5.0
 _NICE: Final = 5  # behind the engine and the event loop: decoding that falls behind is waited for, so it catches up
@@ -117,7 +117,7 @@ class ProcessDecoder:
         self._closing = threading.Event()
         self._submitting = threading.Lock()  # so that nothing is queued once the decoder closes
         self._settled = threading.Event()  # a worker is ready, or none can be started
-        self._failing: dict[int, str] = {}  # threads without a worker, and why
+        self._failing: dict[int, str] = {}  # threads that cannot have a worker, and why
         self._threads = [
             # A worker dies with the thread that started it (PR_SET_PDEATHSIG), so each thread starts its own.
             threading.Thread(target=self._serve, name=f"decode_{number}", daemon=True)
@@ -207,15 +207,16 @@ class ProcessDecoder:
 
     def _started(self) -> _Worker | None:
         """A worker that is ready, however many attempts it takes; None where the decoder closes."""
-        own, delay = threading.get_ident(), _BACKOFF_S
+        own, failures = threading.get_ident(), 0
         while not self._closing.is_set():
             try:
                 worker = _Worker(self._command, self._order)
             except BackendUnavailableError as error:
-                self._failing[own] = str(error)
                 _log.error("%s", error)
-                self._back_off(delay)
-                delay = min(2 * delay, _LONGEST_BACKOFF_S)
+                failures += 1
+                if failures >= _ATTEMPTS or not self._settled.is_set():  # at first, the caller waits for it
+                    self._failing[own] = str(error)
+                self._back_off(min(_BACKOFF_S * 2 ** (failures - 1), _LONGEST_BACKOFF_S))
             else:
                 self._failing.pop(own, None)
                 self._settled.set()
@@ -223,7 +224,7 @@ class ProcessDecoder:
         return None
 
     def _back_off(self, seconds: float) -> None:
-        """Wait; as long as no thread has a worker, fail what comes."""
+        """Wait; as long as no thread can have a worker, fail what comes."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0 and not self._closing.is_set():
             reasons = self._all_failing()
@@ -239,7 +240,7 @@ class ProcessDecoder:
                 job.future.set_exception(BackendUnavailableError(reasons))
 
     def _all_failing(self) -> str | None:
-        """Why no thread has a worker, where none has."""
+        """Why no thread can have a worker, where none can."""
         reasons = list(self._failing.values())
         return reasons[-1] if len(reasons) == self.workers else None
 
@@ -322,7 +323,7 @@ class _Worker:
             if reason is not None:
                 raise BackendUnavailableError(
                     f"a worker process for decoding cannot be started ({reason}); expected one within {_START_S:g} s: "
-                    f"repair what it names, and try `{shlex.join(command)}`"
+                    f"see that `{sys.executable} -c 'import thoraxrt.engine.dicom'` works"
                 )
             self._opened = opened.pop_all()
 
