@@ -308,7 +308,7 @@ class MetricsEndpoint:
                 "(0 takes a free one) or metrics.host, or set metrics.enabled to false"
             ) from error
         self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -369,13 +369,15 @@ def logging_to_stderr(level: str = "info", *, as_json: bool = False) -> Iterator
     before = root.handlers[:], root.level
     writer = _Writer(sys.stderr)
     writer.setFormatter(_JsonFormatter() if as_json else _PlainFormatter())
-    root.handlers, root.level = [writer], logging.getLevelNamesMapping()[level.upper()]
+    root.handlers = [writer]
+    root.setLevel(level.upper())
     logging.captureWarnings(True)  # they go to a logger, which is another package's
     try:
         yield
     finally:
         logging.captureWarnings(False)
-        root.handlers, root.level = before
+        root.handlers = before[0]
+        root.setLevel(before[1])
         writer.close()
 
 
