@@ -1,13 +1,15 @@
 """The engine's types to protobuf messages, and back without loss.
 
-Owns the only code that reads or writes the fields of `thoraxrt.v1`. Knows nothing of calls,
-statuses or servers. Each pair of functions is named after the message.
+Owns the only code that reads or writes the fields of `thoraxrt.v1`. Knows nothing of calls or
+servers. Each pair of functions is named after the message.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
+import grpc
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +21,28 @@ from thoraxrt.engine.engine import Prediction
 from thoraxrt.engine.postprocess import Activation, Finding, OperatingPoint
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
+from thoraxrt.server.status import ERROR_KEY, PUSHBACK_KEY, Status
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
     "Model",
     "Options",
     "Reply",
+    "Study",
+    "StudyFinding",
+    "answer_from_message",
+    "message_from_answer",
     "message_from_model",
     "message_from_reply",
+    "message_from_study",
     "model_from_bundle",
     "model_from_message",
     "options_from_message",
     "reply_from_message",
     "request_from_image",
+    "request_from_stream_image",
+    "request_from_study",
+    "study_from_message",
 ]
 
 MAX_MESSAGE_BYTES: Final = DecodeLimits().max_bytes + 64 * 1024
@@ -67,6 +78,47 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     manifest_sha256: str
 
 
+class StudyFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """One label's answer over a study.
+
+    `probability` is the highest among the images', `image` the index of the first that has it; `reported` where any
+    image reaches the operating point.
+    """
+
+    finding: str
+    probability: float
+    reported: bool
+    image: int
+
+
+class Study(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """A server's answer for one study: each image's, in order, and every label's over all of them.
+
+    A Status is what the call of one image would have ended with. `findings` is empty where no image has a Reply.
+    """
+
+    answers: tuple[Reply | Status, ...]
+    findings: tuple[StudyFinding, ...]
+    manifest_sha256: str
+
+    @classmethod
+    def of(cls, answers: Sequence[Reply | Status], manifest_sha256: str) -> Study:
+        """The study whose images have these answers, all of the same model."""
+        predictions = [(i, answer.prediction) for i, answer in enumerate(answers) if isinstance(answer, Reply)]
+        findings = []
+        for of_label in zip(*([(i, finding) for finding in p.findings] for i, p in predictions), strict=True):
+            image, highest = max(of_label, key=lambda pair: pair[1].probability)  # of several, the first
+            findings.append(
+                StudyFinding(
+                    finding=highest.finding,
+                    probability=highest.probability,
+                    reported=any(finding.reported for _, finding in of_label),
+                    image=image,
+                )
+            )
+        return cls(answers=tuple(answers), findings=tuple(findings), manifest_sha256=manifest_sha256)
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """The model that a server answers with, and what executes it; see `engine.bundle.Manifest`."""
 
@@ -86,10 +138,23 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
 def request_from_image(image: bytes, options: Options) -> pb.PredictRequest:
     """The request for one encoded image."""
+    return pb.PredictRequest(image=image, options=_message_from_options(options))
+
+
+def request_from_stream_image(name: str, image: bytes, options: Options) -> pb.PredictStreamRequest:
+    """The request for one encoded image of a stream; `name` comes back with its answer."""
+    return pb.PredictStreamRequest(id=name, image=image, options=_message_from_options(options))
+
+
+def request_from_study(images: Sequence[bytes], options: Options) -> pb.PredictStudyRequest:
+    """The request for the encoded images of one study; their ids are their indices."""
+    sent = [pb.StudyImage(id=str(i), image=image) for i, image in enumerate(images)]
+    return pb.PredictStudyRequest(images=sent, options=_message_from_options(options))
+
+
+def _message_from_options(options: Options) -> pb.PredictOptions:
     chosen = None if options.boxes_for is None else pb.FindingSelection(findings=options.boxes_for)
-    return pb.PredictRequest(
-        image=image, options=pb.PredictOptions(boxes_for=chosen, overlay=options.overlay, cam=options.cam)
-    )
+    return pb.PredictOptions(boxes_for=chosen, overlay=options.overlay, cam=options.cam)
 
 
 def options_from_message(message: pb.PredictOptions) -> Options:
@@ -115,6 +180,58 @@ def reply_from_message(message: pb.PredictResponse) -> Reply:
     return Reply(
         prediction=_prediction_from_message(message.prediction, cam),
         overlay_png=message.overlay_png or None,
+        manifest_sha256=message.manifest_sha256,
+    )
+
+
+def message_from_answer(name: str, answer: Reply | Status) -> pb.ImageAnswer:
+    """One image's answer among several; `name` is that of its request."""
+    if isinstance(answer, Reply):
+        return pb.ImageAnswer(id=name, response=message_from_reply(answer))
+    metadata = dict(answer.trailing_metadata)
+    number: int = answer.code.value[0]  # the pair of number and words that grpc makes of it
+    failure = pb.Failure(
+        code=number,
+        message=answer.details,
+        error=metadata.get(ERROR_KEY, ""),
+        retry_after_ms=int(metadata.get(PUSHBACK_KEY, 0)),
+    )
+    return pb.ImageAnswer(id=name, failure=failure)
+
+
+def answer_from_message(message: pb.ImageAnswer) -> Reply | Status:
+    """One image's answer: a Reply, or the status that its own call would have ended with.
+
+    Raises ValueError where it holds neither, or a CAM that is not what its shape says.
+    """
+    match message.WhichOneof("answer"):
+        case "response":
+            return reply_from_message(message.response)
+        case "failure":
+            failure = message.failure
+            code = next((code for code in grpc.StatusCode if code.value[0] == failure.code), grpc.StatusCode.UNKNOWN)
+            metadata = [(ERROR_KEY, failure.error)] if failure.error else []
+            if failure.retry_after_ms:
+                metadata.append((PUSHBACK_KEY, str(failure.retry_after_ms)))
+            return Status(code, failure.message, tuple(metadata))
+        case _:
+            raise ValueError("an image's answer is of a kind that this version does not know; update thoraxrt")
+
+
+def message_from_study(names: Sequence[str], study: Study) -> pb.PredictStudyResponse:
+    """The response for a study whose images have these names."""
+    return pb.PredictStudyResponse(
+        answers=[message_from_answer(name, answer) for name, answer in zip(names, study.answers, strict=True)],
+        findings=[pb.StudyFinding(**msgspec.to_builtins(finding)) for finding in study.findings],
+        manifest_sha256=study.manifest_sha256,
+    )
+
+
+def study_from_message(message: pb.PredictStudyResponse) -> Study:
+    """The study in a response. Raises ValueError as `answer_from_message` does."""
+    return Study(
+        answers=tuple(answer_from_message(answer) for answer in message.answers),
+        findings=tuple(msgspec.convert(finding, StudyFinding, from_attributes=True) for finding in message.findings),
         manifest_sha256=message.manifest_sha256,
     )
 

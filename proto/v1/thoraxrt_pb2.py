@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n thoraxrt/proto/v1/thoraxrt.proto\x12\x0bthoraxrt.v1\"M\n\x0ePredictRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.thoraxrt.v1.PredictOptions\"`\n\x0ePredictOptions\x12\x30\n\tboxes_for\x18\x01 \x01(\x0b\x32\x1d.thoraxrt.v1.FindingSelection\x12\x0f\n\x07overlay\x18\x02 \x01(\x08\x12\x0b\n\x03\x63\x61m\x18\x03 \x01(\x08\"$\n\x10\x46indingSelection\x12\x10\n\x08\x66indings\x18\x01 \x03(\t\"\x9b\x01\n\x0fPredictResponse\x12+\n\nprediction\x18\x01 \x01(\x0b\x32\x17.thoraxrt.v1.Prediction\x12\x17\n\x0fmanifest_sha256\x18\x02 \x01(\t\x12\x13\n\x0boverlay_png\x18\x03 \x01(\x0c\x12-\n\x03\x63\x61m\x18\x04 \x01(\x0b\x32 .thoraxrt.v1.ClassActivationMaps\"\x98\x01\n\nPrediction\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x11\n\tprecision\x18\x04 \x01(\t\x12&\n\x08\x66indings\x18\x05 \x03(\x0b\x32\x14.thoraxrt.v1.Finding\x12\x1f\n\x05\x62oxes\x18\x06 \x03(\x0b\x32\x10.thoraxrt.v1.Box\"P\n\x07\x46inding\x12\x0f\n\x07\x66inding\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\x12\r\n\x05logit\x18\x03 \x01(\x02\x12\x10\n\x08reported\x18\x04 \x01(\x08\"|\n\x03\x42ox\x12\x0f\n\x07\x66inding\x18\x01 \x01(\t\x12\t\n\x01x\x18\x02 \x01(\x01\x12\t\n\x01y\x18\x03 \x01(\x01\x12\r\n\x05width\x18\x04 \x01(\x01\x12\x0e\n\x06height\x18\x05 \x01(\x01\x12\r\n\x05score\x18\x06 \x01(\x01\x12 \n\x04peak\x18\x07 \x01(\x0b\x32\x12.thoraxrt.v1.Point\"\x1d\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x01\x12\t\n\x01y\x18\x02 \x01(\x01\"S\n\x13\x43lassActivationMaps\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06values\x18\x04 \x01(\x0c\"\x11\n\x0fGetModelRequest\"\xc4\x04\n\x10GetModelResponse\x12\x17\n\x0fmanifest_sha256\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12%\n\x07network\x18\x03 \x01(\x0b\x32\x14.thoraxrt.v1.Network\x12\x12\n\nactivation\x18\x04 \x01(\t\x12+\n\npreprocess\x18\x05 \x01(\x0b\x32\x17.thoraxrt.v1.Preprocess\x12#\n\x05\x62oxes\x18\x06 \x01(\x0b\x32\x14.thoraxrt.v1.BoxSpec\x12\x35\n\x10operating_points\x18\x07 \x03(\x0b\x32\x1b.thoraxrt.v1.OperatingPoint\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t\x12\x11\n\tprecision\x18\t \x01(\t\x12=\n\x08producer\x18\n \x03(\x0b\x32+.thoraxrt.v1.GetModelResponse.ProducerEntry\x12\x37\n\x05\x66iles\x18\x0b \x03(\x0b\x32(.thoraxrt.v1.GetModelResponse.FilesEntry\x12\x16\n\x0eserver_version\x18\x0c \x01(\t\x12\x1d\n\x15\x61\x63tivation_thresholds\x18\r \x03(\x01\x1a/\n\rProducerEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a?\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.thoraxrt.v1.File:\x02\x38\x01\"g\n\x07Network\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncam_height\x18\x02 \x01(\r\x12\x11\n\tcam_width\x18\x03 \x01(\r\x12\x0c\n\x04\x62ias\x18\x04 \x03(\x02\x12\x19\n\x11\x63heckpoint_sha256\x18\x05 \x01(\t\"\xa2\x01\n\nPreprocess\x12\'\n\x05\x65xact\x18\x01 \x01(\x0b\x32\x16.thoraxrt.v1.ExactSizeH\x00\x12\x11\n\x07shorter\x18\x02 \x01(\rH\x00\x12\x11\n\x04\x63rop\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x12\n\ninput_size\x18\x05 \x01(\r\x12\x0e\n\x06square\x18\x06 \x01(\x08\x42\x08\n\x06resizeB\x07\n\x05_crop\"*\n\tExactSize\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"\xb5\x01\n\x07\x42oxSpec\x12\x11\n\tthreshold\x18\x01 \x01(\x01\x12\x39\n\x0bper_finding\x18\x02 \x03(\x0b\x32$.thoraxrt.v1.BoxSpec.PerFindingEntry\x12\x10\n\x08min_area\x18\x03 \x01(\x01\x12\x17\n\x0fmax_per_finding\x18\x04 \x01(\r\x1a\x31\n\x0fPerFindingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xb6\x01\n\x0eOperatingPoint\x12\x0f\n\x07\x66inding\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x11\n\x04\x64\x61ta\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x0bsensitivity\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0bspecificity\x18\x06 \x01(\x01H\x02\x88\x01\x01\x42\x07\n\x05_dataB\x0e\n\x0c_sensitivityB\x0e\n\x0c_specificity\"$\n\x04\x46ile\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x32\xa2\x01\n\x11PredictionService\x12\x44\n\x07Predict\x12\x1b.thoraxrt.v1.PredictRequest\x1a\x1c.thoraxrt.v1.PredictResponse\x12G\n\x08GetModel\x12\x1c.thoraxrt.v1.GetModelRequest\x1a\x1d.thoraxrt.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n thoraxrt/proto/v1/thoraxrt.proto\x12\x0bthoraxrt.v1\"M\n\x0ePredictRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.thoraxrt.v1.PredictOptions\"`\n\x0ePredictOptions\x12\x30\n\tboxes_for\x18\x01 \x01(\x0b\x32\x1d.thoraxrt.v1.FindingSelection\x12\x0f\n\x07overlay\x18\x02 \x01(\x08\x12\x0b\n\x03\x63\x61m\x18\x03 \x01(\x08\"$\n\x10\x46indingSelection\x12\x10\n\x08\x66indings\x18\x01 \x03(\t\"\x9b\x01\n\x0fPredictResponse\x12+\n\nprediction\x18\x01 \x01(\x0b\x32\x17.thoraxrt.v1.Prediction\x12\x17\n\x0fmanifest_sha256\x18\x02 \x01(\t\x12\x13\n\x0boverlay_png\x18\x03 \x01(\x0c\x12-\n\x03\x63\x61m\x18\x04 \x01(\x0b\x32 .thoraxrt.v1.ClassActivationMaps\"_\n\x14PredictStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05image\x18\x02 \x01(\x0c\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.thoraxrt.v1.PredictOptions\"A\n\x15PredictStreamResponse\x12(\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x18.thoraxrt.v1.ImageAnswer\"~\n\x0bImageAnswer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x30\n\x08response\x18\x02 \x01(\x0b\x32\x1c.thoraxrt.v1.PredictResponseH\x00\x12\'\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x14.thoraxrt.v1.FailureH\x00\x42\x08\n\x06\x61nswer\"O\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"l\n\x13PredictStudyRequest\x12\'\n\x06images\x18\x01 \x03(\x0b\x32\x17.thoraxrt.v1.StudyImage\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.thoraxrt.v1.PredictOptions\"\'\n\nStudyImage\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05image\x18\x02 \x01(\x0c\"\x87\x01\n\x14PredictStudyResponse\x12)\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x18.thoraxrt.v1.ImageAnswer\x12+\n\x08\x66indings\x18\x02 \x03(\x0b\x32\x19.thoraxrt.v1.StudyFinding\x12\x17\n\x0fmanifest_sha256\x18\x03 \x01(\t\"U\n\x0cStudyFinding\x12\x0f\n\x07\x66inding\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\x12\x10\n\x08reported\x18\x03 \x01(\x08\x12\r\n\x05image\x18\x04 \x01(\r\"\x98\x01\n\nPrediction\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x11\n\tprecision\x18\x04 \x01(\t\x12&\n\x08\x66indings\x18\x05 \x03(\x0b\x32\x14.thoraxrt.v1.Finding\x12\x1f\n\x05\x62oxes\x18\x06 \x03(\x0b\x32\x10.thoraxrt.v1.Box\"P\n\x07\x46inding\x12\x0f\n\x07\x66inding\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\x12\r\n\x05logit\x18\x03 \x01(\x02\x12\x10\n\x08reported\x18\x04 \x01(\x08\"|\n\x03\x42ox\x12\x0f\n\x07\x66inding\x18\x01 \x01(\t\x12\t\n\x01x\x18\x02 \x01(\x01\x12\t\n\x01y\x18\x03 \x01(\x01\x12\r\n\x05width\x18\x04 \x01(\x01\x12\x0e\n\x06height\x18\x05 \x01(\x01\x12\r\n\x05score\x18\x06 \x01(\x01\x12 \n\x04peak\x18\x07 \x01(\x0b\x32\x12.thoraxrt.v1.Point\"\x1d\n\x05Point\x12\t\n\x01x\x18\x01 \x01(\x01\x12\t\n\x01y\x18\x02 \x01(\x01\"S\n\x13\x43lassActivationMaps\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06values\x18\x04 \x01(\x0c\"\x11\n\x0fGetModelRequest\"\xc4\x04\n\x10GetModelResponse\x12\x17\n\x0fmanifest_sha256\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12%\n\x07network\x18\x03 \x01(\x0b\x32\x14.thoraxrt.v1.Network\x12\x12\n\nactivation\x18\x04 \x01(\t\x12+\n\npreprocess\x18\x05 \x01(\x0b\x32\x17.thoraxrt.v1.Preprocess\x12#\n\x05\x62oxes\x18\x06 \x01(\x0b\x32\x14.thoraxrt.v1.BoxSpec\x12\x35\n\x10operating_points\x18\x07 \x03(\x0b\x32\x1b.thoraxrt.v1.OperatingPoint\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t\x12\x11\n\tprecision\x18\t \x01(\t\x12=\n\x08producer\x18\n \x03(\x0b\x32+.thoraxrt.v1.GetModelResponse.ProducerEntry\x12\x37\n\x05\x66iles\x18\x0b \x03(\x0b\x32(.thoraxrt.v1.GetModelResponse.FilesEntry\x12\x16\n\x0eserver_version\x18\x0c \x01(\t\x12\x1d\n\x15\x61\x63tivation_thresholds\x18\r \x03(\x01\x1a/\n\rProducerEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a?\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.thoraxrt.v1.File:\x02\x38\x01\"g\n\x07Network\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncam_height\x18\x02 \x01(\r\x12\x11\n\tcam_width\x18\x03 \x01(\r\x12\x0c\n\x04\x62ias\x18\x04 \x03(\x02\x12\x19\n\x11\x63heckpoint_sha256\x18\x05 \x01(\t\"\xa2\x01\n\nPreprocess\x12\'\n\x05\x65xact\x18\x01 \x01(\x0b\x32\x16.thoraxrt.v1.ExactSizeH\x00\x12\x11\n\x07shorter\x18\x02 \x01(\rH\x00\x12\x11\n\x04\x63rop\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12\x12\n\ninput_size\x18\x05 \x01(\r\x12\x0e\n\x06square\x18\x06 \x01(\x08\x42\x08\n\x06resizeB\x07\n\x05_crop\"*\n\tExactSize\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"\xb5\x01\n\x07\x42oxSpec\x12\x11\n\tthreshold\x18\x01 \x01(\x01\x12\x39\n\x0bper_finding\x18\x02 \x03(\x0b\x32$.thoraxrt.v1.BoxSpec.PerFindingEntry\x12\x10\n\x08min_area\x18\x03 \x01(\x01\x12\x17\n\x0fmax_per_finding\x18\x04 \x01(\r\x1a\x31\n\x0fPerFindingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xb6\x01\n\x0eOperatingPoint\x12\x0f\n\x07\x66inding\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x11\n\x04\x64\x61ta\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x0bsensitivity\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0bspecificity\x18\x06 \x01(\x01H\x02\x88\x01\x01\x42\x07\n\x05_dataB\x0e\n\x0c_sensitivityB\x0e\n\x0c_specificity\"$\n\x04\x46ile\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x32\xd3\x02\n\x11PredictionService\x12\x44\n\x07Predict\x12\x1b.thoraxrt.v1.PredictRequest\x1a\x1c.thoraxrt.v1.PredictResponse\x12Z\n\rPredictStream\x12!.thoraxrt.v1.PredictStreamRequest\x1a\".thoraxrt.v1.PredictStreamResponse(\x01\x30\x01\x12S\n\x0cPredictStudy\x12 .thoraxrt.v1.PredictStudyRequest\x1a!.thoraxrt.v1.PredictStudyResponse\x12G\n\x08GetModel\x12\x1c.thoraxrt.v1.GetModelRequest\x1a\x1d.thoraxrt.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,38 +45,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FINDINGSELECTION']._serialized_end=262
   _globals['_PREDICTRESPONSE']._serialized_start=265
   _globals['_PREDICTRESPONSE']._serialized_end=420
-  _globals['_PREDICTION']._serialized_start=423
-  _globals['_PREDICTION']._serialized_end=575
-  _globals['_FINDING']._serialized_start=577
-  _globals['_FINDING']._serialized_end=657
-  _globals['_BOX']._serialized_start=659
-  _globals['_BOX']._serialized_end=783
-  _globals['_POINT']._serialized_start=785
-  _globals['_POINT']._serialized_end=814
-  _globals['_CLASSACTIVATIONMAPS']._serialized_start=816
-  _globals['_CLASSACTIVATIONMAPS']._serialized_end=899
-  _globals['_GETMODELREQUEST']._serialized_start=901
-  _globals['_GETMODELREQUEST']._serialized_end=918
-  _globals['_GETMODELRESPONSE']._serialized_start=921
-  _globals['_GETMODELRESPONSE']._serialized_end=1501
-  _globals['_GETMODELRESPONSE_PRODUCERENTRY']._serialized_start=1389
-  _globals['_GETMODELRESPONSE_PRODUCERENTRY']._serialized_end=1436
-  _globals['_GETMODELRESPONSE_FILESENTRY']._serialized_start=1438
-  _globals['_GETMODELRESPONSE_FILESENTRY']._serialized_end=1501
-  _globals['_NETWORK']._serialized_start=1503
-  _globals['_NETWORK']._serialized_end=1606
-  _globals['_PREPROCESS']._serialized_start=1609
-  _globals['_PREPROCESS']._serialized_end=1771
-  _globals['_EXACTSIZE']._serialized_start=1773
-  _globals['_EXACTSIZE']._serialized_end=1815
-  _globals['_BOXSPEC']._serialized_start=1818
-  _globals['_BOXSPEC']._serialized_end=1999
-  _globals['_BOXSPEC_PERFINDINGENTRY']._serialized_start=1950
-  _globals['_BOXSPEC_PERFINDINGENTRY']._serialized_end=1999
-  _globals['_OPERATINGPOINT']._serialized_start=2002
-  _globals['_OPERATINGPOINT']._serialized_end=2184
-  _globals['_FILE']._serialized_start=2186
-  _globals['_FILE']._serialized_end=2222
-  _globals['_PREDICTIONSERVICE']._serialized_start=2225
-  _globals['_PREDICTIONSERVICE']._serialized_end=2387
+  _globals['_PREDICTSTREAMREQUEST']._serialized_start=422
+  _globals['_PREDICTSTREAMREQUEST']._serialized_end=517
+  _globals['_PREDICTSTREAMRESPONSE']._serialized_start=519
+  _globals['_PREDICTSTREAMRESPONSE']._serialized_end=584
+  _globals['_IMAGEANSWER']._serialized_start=586
+  _globals['_IMAGEANSWER']._serialized_end=712
+  _globals['_FAILURE']._serialized_start=714
+  _globals['_FAILURE']._serialized_end=793
+  _globals['_PREDICTSTUDYREQUEST']._serialized_start=795
+  _globals['_PREDICTSTUDYREQUEST']._serialized_end=903
+  _globals['_STUDYIMAGE']._serialized_start=905
+  _globals['_STUDYIMAGE']._serialized_end=944
+  _globals['_PREDICTSTUDYRESPONSE']._serialized_start=947
+  _globals['_PREDICTSTUDYRESPONSE']._serialized_end=1082
+  _globals['_STUDYFINDING']._serialized_start=1084
+  _globals['_STUDYFINDING']._serialized_end=1169
+  _globals['_PREDICTION']._serialized_start=1172
+  _globals['_PREDICTION']._serialized_end=1324
+  _globals['_FINDING']._serialized_start=1326
+  _globals['_FINDING']._serialized_end=1406
+  _globals['_BOX']._serialized_start=1408
+  _globals['_BOX']._serialized_end=1532
+  _globals['_POINT']._serialized_start=1534
+  _globals['_POINT']._serialized_end=1563
+  _globals['_CLASSACTIVATIONMAPS']._serialized_start=1565
+  _globals['_CLASSACTIVATIONMAPS']._serialized_end=1648
+  _globals['_GETMODELREQUEST']._serialized_start=1650
+  _globals['_GETMODELREQUEST']._serialized_end=1667
+  _globals['_GETMODELRESPONSE']._serialized_start=1670
+  _globals['_GETMODELRESPONSE']._serialized_end=2250
+  _globals['_GETMODELRESPONSE_PRODUCERENTRY']._serialized_start=2138
+  _globals['_GETMODELRESPONSE_PRODUCERENTRY']._serialized_end=2185
+  _globals['_GETMODELRESPONSE_FILESENTRY']._serialized_start=2187
+  _globals['_GETMODELRESPONSE_FILESENTRY']._serialized_end=2250
+  _globals['_NETWORK']._serialized_start=2252
+  _globals['_NETWORK']._serialized_end=2355
+  _globals['_PREPROCESS']._serialized_start=2358
+  _globals['_PREPROCESS']._serialized_end=2520
+  _globals['_EXACTSIZE']._serialized_start=2522
+  _globals['_EXACTSIZE']._serialized_end=2564
+  _globals['_BOXSPEC']._serialized_start=2567
+  _globals['_BOXSPEC']._serialized_end=2748
+  _globals['_BOXSPEC_PERFINDINGENTRY']._serialized_start=2699
+  _globals['_BOXSPEC_PERFINDINGENTRY']._serialized_end=2748
+  _globals['_OPERATINGPOINT']._serialized_start=2751
+  _globals['_OPERATINGPOINT']._serialized_end=2933
+  _globals['_FILE']._serialized_start=2935
+  _globals['_FILE']._serialized_end=2971
+  _globals['_PREDICTIONSERVICE']._serialized_start=2974
+  _globals['_PREDICTIONSERVICE']._serialized_end=3313
 # @@protoc_insertion_point(module_scope)

@@ -42,6 +42,82 @@ class PredictResponse(_message.Message):
     cam: ClassActivationMaps
     def __init__(self, prediction: _Optional[_Union[Prediction, _Mapping]] = ..., manifest_sha256: _Optional[str] = ..., overlay_png: _Optional[bytes] = ..., cam: _Optional[_Union[ClassActivationMaps, _Mapping]] = ...) -> None: ...
 
+class PredictStreamRequest(_message.Message):
+    __slots__ = ("id", "image", "options")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    image: bytes
+    options: PredictOptions
+    def __init__(self, id: _Optional[str] = ..., image: _Optional[bytes] = ..., options: _Optional[_Union[PredictOptions, _Mapping]] = ...) -> None: ...
+
+class PredictStreamResponse(_message.Message):
+    __slots__ = ("answer",)
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    answer: ImageAnswer
+    def __init__(self, answer: _Optional[_Union[ImageAnswer, _Mapping]] = ...) -> None: ...
+
+class ImageAnswer(_message.Message):
+    __slots__ = ("id", "response", "failure")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    response: PredictResponse
+    failure: Failure
+    def __init__(self, id: _Optional[str] = ..., response: _Optional[_Union[PredictResponse, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("code", "message", "error", "retry_after_ms")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    error: str
+    retry_after_ms: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., error: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
+
+class PredictStudyRequest(_message.Message):
+    __slots__ = ("images", "options")
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedCompositeFieldContainer[StudyImage]
+    options: PredictOptions
+    def __init__(self, images: _Optional[_Iterable[_Union[StudyImage, _Mapping]]] = ..., options: _Optional[_Union[PredictOptions, _Mapping]] = ...) -> None: ...
+
+class StudyImage(_message.Message):
+    __slots__ = ("id", "image")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    image: bytes
+    def __init__(self, id: _Optional[str] = ..., image: _Optional[bytes] = ...) -> None: ...
+
+class PredictStudyResponse(_message.Message):
+    __slots__ = ("answers", "findings", "manifest_sha256")
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_SHA256_FIELD_NUMBER: _ClassVar[int]
+    answers: _containers.RepeatedCompositeFieldContainer[ImageAnswer]
+    findings: _containers.RepeatedCompositeFieldContainer[StudyFinding]
+    manifest_sha256: str
+    def __init__(self, answers: _Optional[_Iterable[_Union[ImageAnswer, _Mapping]]] = ..., findings: _Optional[_Iterable[_Union[StudyFinding, _Mapping]]] = ..., manifest_sha256: _Optional[str] = ...) -> None: ...
+
+class StudyFinding(_message.Message):
+    __slots__ = ("finding", "probability", "reported", "image")
+    FINDING_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    REPORTED_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    finding: str
+    probability: float
+    reported: bool
+    image: int
+    def __init__(self, finding: _Optional[str] = ..., probability: _Optional[float] = ..., reported: bool = ..., image: _Optional[int] = ...) -> None: ...
+
 class Prediction(_message.Message):
     __slots__ = ("width", "height", "backend", "precision", "findings", "boxes")
     WIDTH_FIELD_NUMBER: _ClassVar[int]

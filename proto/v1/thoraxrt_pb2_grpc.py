@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PredictionServiceStub(object):
-    """Findings and boxes on chest radiographs, from one model.
+    """Findings and boxes on chest radiographs.
 
     Health is served beside it (grpc.health.v1) under the names "" and
     "thoraxrt.v1.PredictionService": SERVING once the network has run, NOT_SERVING before that and
@@ -44,6 +44,16 @@ class PredictionServiceStub(object):
                 request_serializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictRequest.SerializeToString,
                 response_deserializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictResponse.FromString,
                 _registered_method=True)
+        self.PredictStream = channel.stream_stream(
+                '/thoraxrt.v1.PredictionService/PredictStream',
+                request_serializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStreamRequest.SerializeToString,
+                response_deserializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStreamResponse.FromString,
+                _registered_method=True)
+        self.PredictStudy = channel.unary_unary(
+                '/thoraxrt.v1.PredictionService/PredictStudy',
+                request_serializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStudyRequest.SerializeToString,
+                response_deserializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStudyResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/thoraxrt.v1.PredictionService/GetModel',
                 request_serializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.GetModelRequest.SerializeToString,
@@ -52,7 +62,7 @@ class PredictionServiceStub(object):
 
 
 class PredictionServiceServicer(object):
-    """Findings and boxes on chest radiographs, from one model.
+    """Findings and boxes on chest radiographs.
 
     Health is served beside it (grpc.health.v1) under the names "" and
     "thoraxrt.v1.PredictionService": SERVING once the network has run, NOT_SERVING before that and
@@ -69,10 +79,42 @@ class PredictionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PredictStream(self, request_iterator, context):
+        """Answers radiographs one after the other, without a call for each: for a folder, say.
+
+        An image that cannot be answered gets a `Failure`, and the stream goes on. Answers come in the
+        order of the requests or, with the metadata `thoraxrt-order: completion` (other than `request`,
+        its default), each as soon as it is there. At most 32 images are in flight: beyond that, and
+        while it has no room for the next image, the server stops reading, and gRPC's flow control
+        stops the client. An image waits for room at most until the stream's deadline or, where it has
+        none, for 60 seconds, and then gets a `Failure` with RESOURCE_EXHAUSTED. Its own deadline is
+        the stream's, but no longer than the server allows an image.
+
+        The stream itself ends with OK once the client has closed its side and all is answered; with
+        INVALID_ARGUMENT for a message that cannot be parsed, RESOURCE_EXHAUSTED where too many streams
+        are open, or any status of the table that is not about an image. What was in flight then has
+        no answer, and may be sent again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PredictStudy(self, request, context):
+        """Answers the radiographs of one study together, all by the same model.
+
+        An image that cannot be answered gets a `Failure`, and the others are answered. Ends with
+        INVALID_ARGUMENT for none or more than 16 images, or any status of the table that is not about
+        an image. All images have the size limit of one message together: 64 MiB unless the server was
+        configured otherwise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModel(self, request, context):
         """Describes the model that answers, and what executes it.
 
-        Ends with OK, UNAVAILABLE or DEADLINE_EXCEEDED.
+        Ends with OK, NOT_FOUND, UNAUTHENTICATED, PERMISSION_DENIED, UNAVAILABLE or DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +127,16 @@ def add_PredictionServiceServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictRequest.FromString,
                     response_serializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictResponse.SerializeToString,
+            ),
+            'PredictStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.PredictStream,
+                    request_deserializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStreamRequest.FromString,
+                    response_serializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStreamResponse.SerializeToString,
+            ),
+            'PredictStudy': grpc.unary_unary_rpc_method_handler(
+                    servicer.PredictStudy,
+                    request_deserializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStudyRequest.FromString,
+                    response_serializer=thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStudyResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -100,7 +152,7 @@ def add_PredictionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PredictionService(object):
-    """Findings and boxes on chest radiographs, from one model.
+    """Findings and boxes on chest radiographs.
 
     Health is served beside it (grpc.health.v1) under the names "" and
     "thoraxrt.v1.PredictionService": SERVING once the network has run, NOT_SERVING before that and
@@ -124,6 +176,60 @@ class PredictionService(object):
             '/thoraxrt.v1.PredictionService/Predict',
             thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictRequest.SerializeToString,
             thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PredictStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/thoraxrt.v1.PredictionService/PredictStream',
+            thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStreamRequest.SerializeToString,
+            thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PredictStudy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/thoraxrt.v1.PredictionService/PredictStudy',
+            thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStudyRequest.SerializeToString,
+            thoraxrt_dot_proto_dot_v1_dot_thoraxrt__pb2.PredictStudyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CONTRACT = """
 rpc PredictionService.Predict(.thoraxrt.v1.PredictRequest) returns (.thoraxrt.v1.PredictResponse)
+rpc PredictionService.PredictStream(stream .thoraxrt.v1.PredictStreamRequest) returns (stream .thoraxrt.v1.PredictStreamResponse)
+rpc PredictionService.PredictStudy(.thoraxrt.v1.PredictStudyRequest) returns (.thoraxrt.v1.PredictStudyResponse)
 rpc PredictionService.GetModel(.thoraxrt.v1.GetModelRequest) returns (.thoraxrt.v1.GetModelResponse)
 PredictRequest.image = 1: bytes
 PredictRequest.options = 2: .thoraxrt.v1.PredictOptions
@@ -30,6 +32,28 @@ PredictResponse.prediction = 1: .thoraxrt.v1.Prediction
 PredictResponse.manifest_sha256 = 2: string
 PredictResponse.overlay_png = 3: bytes
 PredictResponse.cam = 4: .thoraxrt.v1.ClassActivationMaps
+PredictStreamRequest.id = 1: string
+PredictStreamRequest.image = 2: bytes
+PredictStreamRequest.options = 3: .thoraxrt.v1.PredictOptions
+PredictStreamResponse.answer = 1: .thoraxrt.v1.ImageAnswer
+ImageAnswer.id = 1: string
+ImageAnswer.response = 2: .thoraxrt.v1.PredictResponse in answer
+ImageAnswer.failure = 3: .thoraxrt.v1.Failure in answer
+Failure.code = 1: int32
+Failure.message = 2: string
+Failure.error = 3: string
+Failure.retry_after_ms = 4: uint32
+PredictStudyRequest.images = 1: repeated .thoraxrt.v1.StudyImage
+PredictStudyRequest.options = 2: .thoraxrt.v1.PredictOptions
+StudyImage.id = 1: string
+StudyImage.image = 2: bytes
+PredictStudyResponse.answers = 1: repeated .thoraxrt.v1.ImageAnswer
+PredictStudyResponse.findings = 2: repeated .thoraxrt.v1.StudyFinding
+PredictStudyResponse.manifest_sha256 = 3: string
+StudyFinding.finding = 1: string
+StudyFinding.probability = 2: double
+StudyFinding.reported = 3: bool
+StudyFinding.image = 4: uint32
 Prediction.width = 1: uint32
 Prediction.height = 2: uint32
 Prediction.backend = 3: string
