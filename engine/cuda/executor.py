@@ -12,7 +12,7 @@ from thoraxrt.engine.bundle import Manifest
 from thoraxrt.engine.cuda.cuda import Gpu
 from thoraxrt.engine.cuda.pipeline import Image, InFlight, Network, Pipeline, Stored
 from thoraxrt.engine.errors import DeviceError, ThoraxrtError
-from thoraxrt.engine.execute import Answers, DeviceRadiograph, Pending, Picture
+from thoraxrt.engine.execute import Answers, DeviceRadiograph, NetworkInput, Pending, Picture
 from thoraxrt.engine.postprocess import Softmax, thresholds
 from thoraxrt.engine.profile import Profile
 
@@ -94,6 +94,8 @@ class PipelineExecutor:
     def _image(self, picture: Picture) -> Image:
         if isinstance(picture, DeviceRadiograph):
             return self._pipeline.pixels(picture.array)
+        if isinstance(picture, NetworkInput):
+            return picture
         return picture.pixels if picture.table is None else Stored(picture.values, picture.table)  # type: ignore[arg-type]
 
     def close(self) -> None:

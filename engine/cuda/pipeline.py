@@ -33,7 +33,7 @@ from thoraxrt.engine.boxes import BoxSpec, regions_from_cam
 from thoraxrt.engine.cuda import kernels
 from thoraxrt.engine.cuda.cuda import DevicePixels, Event, Gpu, Graph, Stream, pixels_from_array
 from thoraxrt.engine.errors import BackendError, DeviceError, ImageContentError, RequestError, ThoraxrtError
-from thoraxrt.engine.execute import Output, not_finite
+from thoraxrt.engine.execute import NetworkInput, Output, geometry_of, not_finite
 from thoraxrt.engine.preprocess import PreprocessSpec
 from thoraxrt.engine.profile import Profile, span
 
@@ -81,8 +81,8 @@ class Stored(NamedTuple):
     table: npt.NDArray[np.uint8]  # (65536,)
 
 
-Image = npt.NDArray[np.uint8] | Stored | DevicePixels
-"""One radiograph's pixels: uint8 `(H, W)` in host memory, stored values with their table, or on the device."""
+Image = npt.NDArray[np.uint8] | Stored | DevicePixels | NetworkInput
+"""One radiograph's pixels: uint8 `(H, W)` in host memory, stored values with their table, on the device, or resized."""
 
 
 class Pipeline:
@@ -278,6 +278,8 @@ class Pipeline:
             key = (image.dtype.char, image.shape)
         elif isinstance(image, Stored):
             key = (image.values.dtype.char, image.values.shape, image.table.dtype.char, image.table.shape)
+        elif isinstance(image, NetworkInput):
+            key = (image.array.dtype.char, image.array.shape, "resized")
         else:
             key = (image.dtype.char, (image.height, image.width), image.pitch)
         return self._kinds.get(key) or self._new_kind(key, image)
@@ -292,13 +294,18 @@ class Pipeline:
             )
         height, width = shape
         item = 2 if stored else 1
-        resampling = kernels.resampling(self._preprocess.geometry(width, height))
+        geometry = (
+            geometry_of(image, self._preprocess)
+            if isinstance(image, NetworkInput)
+            else self._preprocess.geometry(width, height)
+        )
+        resampling = kernels.resampling(geometry)
         pixels = 0 if on_device else height * width * item
         if len(self._kinds) >= _KINDS:
             self._kinds.clear()
         kind = self._kinds[key] = _Kind(
             resampling=resampling,
-            pitch=key[2] if on_device else width * item,
+            pitch=image.pitch if isinstance(image, DevicePixels) else width * item,
             item=item,
             room=_aligned(pixels) + _aligned(resampling.data.nbytes) + (_TABLE_BYTES if stored else 0),
         )
@@ -354,8 +361,8 @@ class Pipeline:
                         kind.resampling, address=address, pixels=0, pitch=kind.pitch, table=int(kind.item == 2)
                     )
                 )
-            if isinstance(image, np.ndarray):
-                rows.append((number, packing.place(image), 0))
+            if isinstance(image, (np.ndarray, NetworkInput)):
+                rows.append((number, packing.place(image if isinstance(image, np.ndarray) else image.array), 0))
             elif isinstance(image, Stored):
                 if id(image.table) not in tables:
                     tables[id(image.table)] = packing.place(image.table)

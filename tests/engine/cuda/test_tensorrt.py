@@ -30,10 +30,10 @@ from thoraxrt.engine.errors import (
     ImageContentError,
     RequestError,
 )
-from thoraxrt.engine.execute import DeviceRadiograph, HostExecutor, Output
+from thoraxrt.engine.execute import DeviceRadiograph, HostExecutor, NetworkInput, Output
 from thoraxrt.engine.plans import PlanCache, PlanKey
 from thoraxrt.engine.postprocess import OperatingPoint, Sigmoid
-from thoraxrt.engine.preprocess import PreprocessSpec, Shorter
+from thoraxrt.engine.preprocess import PreprocessSpec, Shorter, network_input
 from thoraxrt.engine.profile import Profile
 
 StandIn = runpy.run_path(str(Path(__file__).parents[1] / "tensorrt_stand_in.py"))["StandIn"]
@@ -186,6 +186,8 @@ def test_an_engine_on_the_gpu_answers_as_one_on_the_cpu(trt: Any, bundle: Bundle
             there = DeviceRadiograph(OnDevice(gpu, pictures[0].pixels))
             elsewhere = DeviceRadiograph(pictures[0].pixels.astype(np.float32))
             on_device, refused = engine.predict_batch([there, elsewhere])
+            ready = NetworkInput(network_input(pictures[0].pixels, bundle.manifest.preprocess)[0])
+            resized, misfit = engine.predict_batch([ready, NetworkInput(ready.array[1:])])
         for answer, other in zip(answers, expected, strict=True):
             assert type(answer) is type(other)
             if isinstance(answer, Prediction) and isinstance(other, Prediction):
@@ -197,6 +199,9 @@ def test_an_engine_on_the_gpu_answers_as_one_on_the_cpu(trt: Any, bundle: Bundle
         assert isinstance(expected[0], Prediction)
         assert on_device.boxes == expected[0].boxes
         assert isinstance(refused, ImageContentError)
+        assert isinstance(resized, Prediction)
+        assert resized.findings == expected[0].findings
+        assert isinstance(misfit, ImageContentError)
     assert any(answer.boxes for answer in expected if isinstance(answer, Prediction))
 
 
