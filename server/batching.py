@@ -272,8 +272,7 @@ class Batcher(Generic[T]):
                 max(unanswered + stat + len(self._decoded[Priority.STAT]), math.ceil(unanswered / self._routine_share)),
             )
         decode = times.decode_s * max(1.0, undecoded / self.options.workers)
-        # Those who come later fill up the batch that it runs in.
-        last = times.of(self.options.max_batch if self._running else min(unanswered, self.options.max_batch))
+        last = times.of(min(unanswered, self.options.max_batch))
         return max(decode + last, times.decode_s + self._network_s(unanswered, now))
 
     def _network_s(self, images: int, now: float) -> float:
@@ -286,7 +285,7 @@ class Batcher(Generic[T]):
             seconds += sum(running.expected for running in itertools.islice(self._running, 1, None))
         full, rest = divmod(images, self.options.max_batch)
         if self._running and rest:
-            full, rest = full + 1, 0
+            full, rest = full + 1, 0  # those who come meanwhile fill it up
         return seconds + full * self.times.of(self.options.max_batch) + self.times.of(rest)
 
     def _seconds_until_answered(self, images: int, now: float) -> float:

@@ -344,6 +344,15 @@ def test_what_expires_is_named_once_and_never_handed_out(stage):
     assert hands.policy.next_deadline() == other.ticket.deadline
 
 
+def test_a_batch_of_what_has_expired_is_none():
+    hands = Hands()
+    job = hands.enter("a", deadline_s=2)
+    hands.decode()
+    hands.clock.now += 2
+    assert hands.batch() == ""
+    assert hands.policy.expired() == [job]
+
+
 def test_what_would_be_late_makes_room_for_what_would_not_but_is_tried_where_nothing_else_is():
     hands = Hands(default_deadline_s=60)
     hands.enter("a", deadline_s=1)
@@ -376,6 +385,48 @@ def test_the_room_is_bounded_in_images_and_each_refusal_says_when_to_return():
     hands.clock.now += 2
     hands.policy.batch_done()
     hands.enter("e")
+
+
+def hint(hands: Hands, client: str = "a", deadline_s: float | None = None) -> float:
+    with pytest.raises(RefusedError) as caught:
+        hands.policy.admit(deadline_s, ROUTINE, client)
+    return caught.value.retry_after_s
+
+
+def test_where_decoding_governs_the_hint_is_its():
+    hands = Hands(max_images=4, max_batch=1, workers=2, default_deadline_s=60)
+    hands.policy.times.learn_batch(1, 0.5)
+    hands.policy.times.learn_decode(6.0)
+    for item in "abcd":
+        hands.enter(item)
+    assert hint(hands) == pytest.approx(3)
+
+
+def test_a_clients_own_images_are_expected_to_leave_with_the_others():
+    hands = Hands(max_images=8, max_batch=1, max_per_client=2, default_deadline_s=60)
+    hands.policy.times.learn_batch(1, 1.0)
+    for client in "ababcc":
+        hands.policy.admit(None, ROUTINE, client)
+    assert hint(hands, "a") == pytest.approx(3)
+
+
+def test_a_deadline_shorter_than_any_answer_is_told_to_return_when_the_server_is_idle():
+    hands = Hands(max_batch=1, default_deadline_s=60)
+    hands.policy.times.learn_batch(1, 2.0)
+    hands.ready("ab")
+    assert hands.batch() == "a"
+    hands.clock.now += 1
+    assert hint(hands, deadline_s=0.5) == pytest.approx(3)
+
+
+def test_an_engine_that_is_overdue_is_expected_to_stay_so():
+    hands = Hands(max_batch=1, default_deadline_s=60)
+    hands.policy.times.learn_batch(1, 1.0)
+    hands.ready("a")
+    assert hands.batch() == "a"
+    hands.policy.release(hands.policy.admit(10.0, ROUTINE, "a"))
+    hands.clock.now += 20
+    assert hint(hands, deadline_s=10) == pytest.approx(20 - 1 + 1 - 10 / 1.25)
 
 
 def test_the_room_is_bounded_in_bytes():
@@ -646,11 +697,13 @@ def test_stat_images_are_answered_sooner_and_routine_ones_still_are():
     assert answered(routine) > 0.9 * 97 * 20 / 5  # one in five
 
     simulation = Simulation(options, lambda: 0.005, lambda n: (0.002 + 0.01 * n) * rng.uniform(0.8, 1.2))
-    stat = poisson(20, 20, 1, lambda at: Arrival(at, priority=STAT, client="s"))
-    routine = poisson(300, 20, 2, lambda at: Arrival(at, client="r"))
+    stat = poisson(50, 20, 1, lambda at: Arrival(at, priority=STAT, client="s"))
+    routine = poisson(100, 20, 2, lambda at: Arrival(at, client="r"))
     simulation.run(stat + routine)
     assert answered(stat) == len(stat)
     assert answered(stat) + answered(routine) > 0.9 * 97 * 20
+    # Those whom STAT images will overtake are refused, not admitted and left to expire.
+    assert sum(arrival.outcomes == ["expired"] for arrival in routine) < 0.05 * len(routine)
 
 
 # Anything, in any order
@@ -724,9 +777,14 @@ class Anything(RuleBasedStateMachine):
         try:
             ticket = self.policy.admit(deadline_s, priority, client, images)
         except RefusedError as error:
+            true = {
+                "images": held + images > 12,
+                "client": own + images > 9,
+                "bytes": sum(job.size for job in (*self.waiting, *self.decoding)) == 100,
+                "deadline": held > 0,
+            }
             reason = error.reason
-            true = {"images": held + images > 12, "client": own + images > 9, "deadline": held > 0, "bytes": False}
-            assert true[reason]
+            assert true[reason], reason
             return
         assert held + images <= 12
         assert own + images <= 9
@@ -846,6 +904,9 @@ class Anything(RuleBasedStateMachine):
         if hasattr(self, "policy"):
             self.sweep()
             assert self.policy.images == self.held() <= 12
+            undecoded = [job for job in (*self.waiting, *self.decoding) if not job.dropped]
+            expected = sum(ticket.expected for ticket in self.tickets)
+            assert self.policy._undecoded.total() == len(undecoded) + expected
             assert all(self.ends[job] <= 1 for job in self.jobs)
 
     def teardown(self) -> None:
