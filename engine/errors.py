@@ -9,6 +9,7 @@
     │   ├── PlanError                a compiled plan is missing, damaged or vouched for by nobody, or cannot be kept
     │   └── SignatureError           no trusted key vouches for it, or a key cannot be used
     ├── CheckpointError              the checkpoint cannot be read or fits no known network
+    ├── ConfigError                  a server's configuration holds what it cannot be run with
     ├── DatasetError                 a data set folder does not hold what its layout promises
     ├── BackendError                 inference failed, or the runtime broke
     │   ├── BackendUnavailableError  the backend or precision cannot run on this machine
@@ -36,6 +37,7 @@ __all__ = [
     "BackendUnavailableError",
     "BundleError",
     "CheckpointError",
+    "ConfigError",
     "DatasetError",
     "DeadlineError",
     "DeviceError",
@@ -88,6 +90,10 @@ class SignatureError(BundleError):
 
 class CheckpointError(ThoraxrtError):
     """The checkpoint cannot be read safely, or its weights fit no network that we know."""
+
+
+class ConfigError(ThoraxrtError):
+    """A server's configuration (file, environment or flags) holds what it cannot be run with."""
 
 
 class DatasetError(ThoraxrtError):
