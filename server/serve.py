@@ -1,4 +1,4 @@
-"""A process around the service: port, message limits, health, reflection, signals, orderly stop.
+"""A process around the services: ports, encryption, message limits, health, reflection, signals, orderly stop.
 
 Owns the grpc.aio server. Knows nothing of what the calls do.
 """
@@ -10,70 +10,150 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Final
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from thoraxrt.engine.engine import Engine
-from thoraxrt.engine.errors import ServerError
-from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
-from thoraxrt.server.service import SERVICE_NAME, PredictionService, RequestParser
+from thoraxrt.engine.errors import ModelNotFoundError, RequestError, ServerError, ThoraxrtError
+from thoraxrt.server.batching import BatchingOptions
+from thoraxrt.server.calls import Calls
+from thoraxrt.server.health import Health
+from thoraxrt.server.models import Loaded
+from thoraxrt.server.scheduler import Scheduler
+from thoraxrt.server.service import SERVICE_NAME, Lender, PredictionService
+from thoraxrt.server.telemetry import NullTelemetry
 from thoraxrt.server.wire import MAX_MESSAGE_BYTES
 
-__all__ = ["GRACE", "HOST", "PORT", "listening", "running_server", "serve"]
+__all__ = ["HOST", "PORT", "OneModel", "ServeOptions", "ServedModels", "listening", "running_server", "serve"]
 
 HOST: Final = "127.0.0.1"
 PORT: Final = 8500
 
-GRACE: Final = 10.0
-"""Seconds that calls in flight have to finish once the server stops."""
+_AHEAD_BYTES: Final = 64 * 1024
+"""What is taken of a call's body before the call has been admitted; see grpc's flow control."""
+
+_CALLS_PER_CONNECTION: Final = 1024
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """What a server listens on, and what it asks of those who call.
+
+    Without `credentials` nothing is encrypted, which beyond loopback needs `insecure` to say so. `interceptors` see
+    every call before its body is read (authentication); `on_hangup` is called at SIGHUP, in a thread (certificates and
+    tokens that are read again). A message has at most `max_message_bytes`, also once it is decompressed: gzip is taken.
+    Calls in flight have `grace_s` seconds to finish once the server stops.
+
+    Raises ValueError where a value makes no sense. Example: `ServeOptions(port=0, grace_s=5.0)`.
+    """
+
+    host: str = HOST
+    port: int = PORT
+    credentials: grpc.ServerCredentials | None = None
+    insecure: bool = False
+    interceptors: tuple[grpc.aio.ServerInterceptor, ...] = ()
+    on_hangup: tuple[Callable[[], None], ...] = ()
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"ServeOptions port is {self.port}; expected 0 to 65535")
+        if self.max_message_bytes < 1:
+            raise ValueError(f"ServeOptions max_message_bytes is {self.max_message_bytes}; expected at least 1")
+        if not 0 <= self.grace_s < 86400:
+            raise ValueError(f"ServeOptions grace_s is {self.grace_s}; expected 0 to 86400 seconds")
+
+
+class ServedModels(Lender, Protocol):
+    """What a server answers with, from `start` to `close`: see `thoraxrt.server.models.Models`."""
+
+    async def start(self) -> None:
+        """Warm up what answers from now on."""
+
+    def ready(self) -> bool:
+        """Whether requests can be answered."""
+
+    async def close(self) -> None:
+        """Answer what has been admitted, and give back what `start` took."""
+
+
+_DEFAULTS: Final = ServeOptions()
+_ANY_PORT: Final = ServeOptions(port=0)
+_SILENT: Final = NullTelemetry()
+
+
+class OneModel:
+    """One engine, under the name "default", for a server to answer with; the engine stays its owner's."""
+
+    def __init__(
+        self, engine: Engine, telemetry: NullTelemetry = _SILENT, batching: BatchingOptions | None = None
+    ) -> None:
+        scheduler = Scheduler(engine, engine.decoder, batching or BatchingOptions(), telemetry)
+        self._loaded = Loaded(name=scheduler.model, version=1, bundle=engine.bundle, engine=engine, scheduler=scheduler)
+        self._warm = False
+
+    @contextmanager
+    def lease(self, name: str | None = None, version: int | None = None) -> Iterator[Loaded]:
+        """See Models."""
+        if name not in (None, self._loaded.name) or version not in (None, self._loaded.version):
+            raise ModelNotFoundError(f"no such model or version; this server has {self._loaded.name}, version 1")
+        yield self._loaded
+
+    async def start(self) -> None:
+        """See Models. Raises BackendError where the network fails."""
+        await self._loaded.scheduler.warm_up()
+        self._warm = True
+
+    def ready(self) -> bool:
+        """See Models."""
+        return self._warm
+
+    async def close(self) -> None:
+        """See Models."""
+        self._warm = False
+        await self._loaded.scheduler.close()
+
+
 def serve(
-    engine: Engine,
+    models: ServedModels,
+    options: ServeOptions = _DEFAULTS,
+    telemetry: NullTelemetry = _SILENT,
     *,
-    host: str = HOST,
-    port: int = PORT,
-    grace: float = GRACE,
-    max_message_bytes: int = MAX_MESSAGE_BYTES,
     announce: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then finish what is in flight and close the engine.
+    """Serve until SIGINT or SIGTERM, then finish what is in flight and close the models.
 
-    A second signal ends the process at once. `announce` gets one line once the server is warm,
-    with the port that was bound; by default it is printed. For the main thread, because signals
-    arrive there. Raises ServerError where the port cannot be bound, BackendError where the
-    network fails on the first image.
+    A second signal ends the process at once. `announce` gets one line once the models are warm, with the port that
+    was bound; by default it is printed. For the main thread, because signals arrive there. Raises ServerError where a
+    port cannot be bound, RequestError where it would be open to others without encryption, and what a model's
+    start raises.
     """
 
     async def run() -> None:
-        signalled = _signalled()
-        async with listening(engine, host=host, port=port, grace=grace, max_message_bytes=max_message_bytes) as bound:
-            line = f"serving {SERVICE_NAME} on {_address(host, bound)} ({engine.backend} {engine.precision})"
+        signalled = _signalled(options.on_hangup)
+        async with listening(models, options, telemetry) as bound:
+            line = f"serving {SERVICE_NAME} on {_address(options.host, bound)}"
             print(line, flush=True) if announce is None else announce(line)
             await signalled.wait()
 
-    with engine:
-        asyncio.run(run())
+    asyncio.run(run())
 
 
 @contextmanager
 def running_server(
-    engine: Engine,
-    *,
-    host: str = HOST,
-    port: int = 0,
-    grace: float = GRACE,
-    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    models: ServedModels | Engine, options: ServeOptions = _ANY_PORT, telemetry: NullTelemetry = _SILENT
 ) -> Iterator[int]:
-    """Serve from a thread while the block runs; gives the port. The engine stays its owner's.
+    """Serve from a thread while the block runs; gives the port. An engine stays its owner's.
 
     Example:
         with Engine.open("chexnet.bundle") as engine, running_server(engine) as port:
@@ -81,6 +161,7 @@ def running_server(
 
     Raises as `serve` does.
     """
+    served = OneModel(models, telemetry) if isinstance(models, Engine) else models
     started: Future[tuple[int, Callable[[], None]]] = Future()
 
     async def run() -> None:
@@ -89,7 +170,7 @@ def running_server(
         def end() -> None:
             loop.call_soon_threadsafe(ended.set)
 
-        async with listening(engine, host=host, port=port, grace=grace, max_message_bytes=max_message_bytes) as bound:
+        async with listening(served, options, telemetry) as bound:
             started.set_result((bound, end))
             await ended.wait()
 
@@ -109,55 +190,71 @@ def running_server(
 
 @asynccontextmanager
 async def listening(
-    engine: Engine,
-    *,
-    host: str = HOST,
-    port: int = PORT,
-    grace: float = GRACE,
-    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    models: ServedModels, options: ServeOptions = _DEFAULTS, telemetry: NullTelemetry = _SILENT
 ) -> AsyncIterator[int]:
     """Serve on this event loop while the block runs; gives the port, which the system chooses for 0.
 
-    The block is entered once the network has run: health then says SERVING, and NOT_SERVING
-    before it and from the block's end. What is in flight then has `grace` seconds to finish;
-    nothing of the engine runs after that. Raises as `serve` does.
+    The block is entered once the models are warm: health then says SERVING, and NOT_SERVING before it and from the
+    block's end. What is in flight then has `grace_s` seconds to finish, and the models are closed. Raises as `serve`
+    does.
     """
-    server = grpc.aio.server(
-        interceptors=[RequestParser()],
-        options=[
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", max_message_bytes),
-            ("grpc.so_reuseport", 0),  # else a second server on the port takes half the calls in silence
-        ],
-    )
-    service, state = PredictionService(engine), health.aio.HealthServicer()
-    thoraxrt_pb2_grpc.add_PredictionServiceServicer_to_server(service, server)
+    _check_exposure(options)
+    server = grpc.aio.server(interceptors=[Calls(telemetry), *options.interceptors], options=_channel_options(options))
+    services = [PredictionService(models, telemetry)]
+    names = [SERVICE_NAME]
+    state = Health(names, models.ready)
+    for service in services:
+        service.add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
-    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    try:
-        bound = _bind(server, host, port)
-        await _report(state, health_pb2.HealthCheckResponse.NOT_SERVING)
+    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    async with AsyncExitStack() as closing:  # in the reverse order
+        closing.push_async_callback(models.close)
+        for service in services:
+            closing.push_async_callback(service.close)
+        bound = _bind(server, options)
         await server.start()
-        await service.warm_up()
-        await _report(state, health_pb2.HealthCheckResponse.SERVING)
+        closing.push_async_callback(server.stop, options.grace_s)
+        for service in services:
+            closing.callback(service.stop)
+        closing.callback(state.stop)
+        await models.start()
         yield bound
-    finally:
-        await state.enter_graceful_shutdown()
-        await server.stop(grace)
-        await service.close()
 
 
-async def _report(state: health.aio.HealthServicer, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-    for name in (health.OVERALL_HEALTH, SERVICE_NAME):
-        await state.set(name, status)
+def _channel_options(options: ServeOptions) -> list[tuple[str, int]]:
+    """See grpc_types.h for what each of them means."""
+    return [
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        ("grpc.max_send_message_length", options.max_message_bytes),
+        ("grpc.so_reuseport", 0),  # else a second server on the port takes half the calls in silence
+        ("grpc.max_concurrent_streams", _CALLS_PER_CONNECTION),
+        # Else gRPC takes megabytes of a body ahead of the reader, to keep a long line busy.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _AHEAD_BYTES),
+        ("grpc.keepalive_time_ms", 60_000),  # a connection on which nothing comes is asked whether it is alive
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # how often a client may ask the same
+    ]
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    address = _address(host, port)
-    if not _is_loopback(host):
-        _log.warning("%s is reachable from other machines, without encryption and without a password", address)
+def _check_exposure(options: ServeOptions) -> None:
+    if options.credentials is None and not _is_loopback(options.host):
+        address = _address(options.host, options.port)
+        if not options.insecure:
+            raise RequestError(
+                f"{address} is reachable from other machines, and images would come unencrypted; expected a "
+                "certificate and its key, or a loopback address, or --insecure where something else protects it"
+            )
+        _log.warning("%s is reachable from other machines, without encryption", address)
+
+
+def _bind(server: grpc.aio.Server, options: ServeOptions) -> int:
+    address = _address(options.host, options.port)
     try:
-        _probe(host, port)
+        _probe(options.host, options.port)
+        if options.credentials:
+            return server.add_secure_port(address, options.credentials)
         return server.add_insecure_port(address)
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the port has just been taken"
@@ -185,8 +282,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _signalled() -> asyncio.Event:
-    """Set at the first SIGINT or SIGTERM; the second one does what it does by default."""
+def _signalled(on_hangup: Sequence[Callable[[], None]]) -> asyncio.Event:
+    """Set at the first SIGINT or SIGTERM; the second one does what it does by default. SIGHUP calls `on_hangup`."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
 
@@ -197,4 +294,13 @@ def _signalled() -> asyncio.Event:
 
     for number in numbers:
         loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, _reload, on_hangup))
     return event
+
+
+def _reload(on_hangup: Sequence[Callable[[], None]]) -> None:
+    for read in on_hangup:
+        try:
+            read()
+        except ThoraxrtError as error:
+            _log.error("SIGHUP: what was in use before stays so: %s", error)

@@ -88,13 +88,15 @@ def error_from_status(
 ) -> ThoraxrtError:
     """The error that a call to `address` ended with: the engine's own where the server named it.
 
-    Anything else is a ServerError that says what to do.
+    Anything else is a DeadlineError or a ServerError that says what to do.
     """
     kind = _TYPES.get(str(trailing_metadata.get(ERROR_KEY)))
     if kind is OverloadedError:
         return OverloadedError(details, retry_after_s=_pushback_s(trailing_metadata))
     if kind is not None:
         return kind(details)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineError(f"{address} did not answer in time; try again, or allow it a longer timeout")
     return ServerError(_server_message(code, details, address))
 
 
@@ -111,8 +113,6 @@ def _server_message(code: grpc.StatusCode, details: str, address: str) -> str:
                 f"no server answers at {address} ({details}); start one with `thoraxrt serve BUNDLE --port PORT`, "
                 "or correct the address"
             )
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return f"{address} did not answer in time; try again, or allow it a longer timeout"
         case grpc.StatusCode.UNIMPLEMENTED:
             return f"{address} is no thoraxrt server, or one of another version ({details}); correct the address"
         case grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -689,11 +689,12 @@ def serve(
     [bold]thoraxrt serve chexnet.bundle --port 8500[/]
     """
     from thoraxrt.engine.engine import Engine
-    from thoraxrt.server.serve import serve as serve_engine
+    from thoraxrt.server.serve import OneModel, ServeOptions
+    from thoraxrt.server.serve import serve as serve_models
 
     opened = _open(bundle, require_signature)
-    engine = Engine.open(opened, backend=backend, precision=precision, device=device, fall_back=fall_back)
-    serve_engine(engine, host=host, port=port)
+    with Engine.open(opened, backend=backend, precision=precision, device=device, fall_back=fall_back) as engine:
+        serve_models(OneModel(engine), ServeOptions(host=host, port=port))
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +26,8 @@ from thoraxrt.engine.execute import HostExecutor
 from thoraxrt.engine.postprocess import OperatingPoint, Sigmoid
 from thoraxrt.engine.preprocess import PreprocessSpec, Shorter
 from thoraxrt.server.client import Client
-from thoraxrt.server.serve import running_server
+from thoraxrt.server.serve import ServeOptions, running_server
+from thoraxrt.server.telemetry import NullTelemetry
 
 LABELS = ("Effusion", "Nodule", "Mass")
 BIAS = (-1.5, 0.25, 0.75)
@@ -142,6 +144,51 @@ class Gate:
         self._backend.close()
 
 
+class Told(NullTelemetry):
+    """Telemetry that a test waits for."""
+
+    def __init__(self) -> None:
+        self._heard: Counter[tuple[str, object]] = Counter()
+        self._changed = threading.Condition()
+
+    def wait_for(self, what: str, value: object) -> None:
+        """Until this has been reported once more than it was waited for."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._heard[what, value] > 0, timeout=20), self._heard
+            self._heard[what, value] -= 1
+
+    def heard(self, what: str) -> list[object]:
+        """All that has been reported and not been waited for."""
+        with self._changed:
+            return [value for (kind, value), count in self._heard.items() if kind == what for _ in range(count)]
+
+    def _hear(self, what: str, value: object) -> None:
+        with self._changed:
+            self._heard[what, value] += 1
+            self._changed.notify_all()
+
+    def stage(self, model: str, stage: str, seconds: float) -> None:
+        assert seconds >= 0
+        self._hear("stage", stage)
+
+    def refused(self, model: str, reason: str) -> None:
+        self._hear("refused", reason)
+
+    def queue(self, model: str, depth: int) -> None:
+        self._hear("queue", depth)
+
+    def begun(self, method: str) -> None:
+        self._hear("begun", method)
+
+    def answered(self, method: str, code: str, seconds: float) -> None:
+        self._hear("answered", code)
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
 @pytest.fixture(scope="session")
 def radiograph() -> Callable[..., bytes]:
     return encoded
@@ -165,7 +212,7 @@ def engine(tiny_bundle: Bundle) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def address(engine: Engine) -> Iterator[str]:
-    with running_server(engine, grace=5.0) as port:
+    with running_server(engine, ServeOptions(port=0, grace_s=5.0)) as port:
         yield f"127.0.0.1:{port}"
 
 

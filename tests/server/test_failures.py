@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 import struct
@@ -17,6 +16,7 @@ from PIL import Image
 
 from thoraxrt.engine.errors import (
     BackendError,
+    DeadlineError,
     ImageContentError,
     ImageFormatError,
     ImageLimitError,
@@ -26,8 +26,7 @@ from thoraxrt.engine.errors import (
 )
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.client import Client
-from thoraxrt.server.serve import running_server
-from thoraxrt.server.service import PredictionService
+from thoraxrt.server.serve import ServeOptions, running_server
 from thoraxrt.server.status import ERROR_KEY
 
 PREDICT = "/thoraxrt.v1.PredictionService/Predict"
@@ -110,7 +109,10 @@ def test_a_malformed_message_gets_a_status(channel, client, radiograph, request_
 
 
 def test_a_message_above_the_limit_is_refused_with_the_remedy(engine, radiograph):
-    with running_server(engine, max_message_bytes=20_000) as port, Client(f"127.0.0.1:{port}") as client:
+    with (
+        running_server(engine, ServeOptions(port=0, max_message_bytes=20_000)) as port,
+        Client(f"127.0.0.1:{port}") as client,
+    ):
         with pytest.raises(ServerError, match=r"message is too large .* vs. 20000.*; send a smaller file"):
             client.predict(bytes(20_001))
         assert client.predict(radiograph(0)).prediction.width == 97
@@ -139,7 +141,7 @@ def test_a_fault_ends_its_own_call_and_its_text_stays_unsaid(gated_engine, gate,
             client.predict(radiograph(0))
         assert "Doe" not in str(caught.value)
         assert "Doe" not in caplog.text
-        assert "Predict failed with ValueError" in caplog.text
+        assert "the engine failed with ValueError" in caplog.text
         gate.error = None
         assert client.predict(radiograph(0)).prediction.width == 97
 
@@ -163,33 +165,34 @@ def test_calls_that_their_client_cancels_break_nothing(gated_engine, gate, radio
         assert all(cancelled.cancelled() for cancelled in (running, *waiting))
 
 
-def test_a_cancelled_call_never_reaches_the_network(gated_engine, gate, radiograph):
-    async def scenario() -> None:
-        service, request = PredictionService(gated_engine), pb.PredictRequest(image=radiograph(0))
+def test_a_cancelled_call_never_reaches_the_network(gated_engine, gate, radiograph, told):
+    request = pb.PredictRequest(image=radiograph(0)).SerializeToString()
+    with (
+        running_server(gated_engine, telemetry=told) as port,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        call = channel.unary_unary(PREDICT)
         gate.shut()
-        running = asyncio.create_task(service.Predict(request, None))
-        assert await asyncio.to_thread(gate.entered.acquire, timeout=20)
-        waiting = [asyncio.create_task(service.Predict(request, None)) for _ in range(5)]
-        await asyncio.sleep(0)  # each has begun
-        for task in waiting:
-            task.cancel()
-        answers = await asyncio.gather(*waiting, return_exceptions=True)
-        assert all(isinstance(answer, asyncio.CancelledError) for answer in answers)
+        running = call.future(request, timeout=20)
+        assert gate.entered.acquire(timeout=20)
+        waiting = [call.future(request, timeout=20) for _ in range(5)]
+        told.wait_for("queue", 6)
+        for cancelled in waiting:
+            cancelled.cancel()
+        for _ in waiting:
+            told.wait_for("answered", "CANCELLED")
         gate.open()
-        assert (await running).prediction.width == 97
-        assert (await service.Predict(request, None)).prediction.width == 97
+        assert running.result()
+        assert call(request, timeout=20)
         assert gate.runs == 2
-        await service.close()
-
-    asyncio.run(scenario())
 
 
-def test_a_deadline_that_passes_is_a_server_error_with_the_remedy(gated_engine, gate, radiograph):
+def test_a_deadline_that_passes_is_said_so_with_the_remedy(gated_engine, gate, radiograph):
     with running_server(gated_engine) as port:
         gate.shut()
         with (
             Client(f"127.0.0.1:{port}", timeout=0.05) as hasty,
-            pytest.raises(ServerError, match=r"did not answer in time; .* longer timeout"),
+            pytest.raises(DeadlineError, match=r"did not answer in time; .* longer timeout|after the deadline; try"),
         ):
             hasty.predict(radiograph(0))
         gate.open()

@@ -16,11 +16,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from thoraxrt.engine.engine import Engine
-from thoraxrt.engine.errors import BackendError, ServerError
+from thoraxrt.engine.errors import BackendError, RequestError, ServerError
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
-from thoraxrt.server import serve as serve_module
 from thoraxrt.server.client import Client
-from thoraxrt.server.serve import running_server, serve
+from thoraxrt.server.serve import OneModel, ServeOptions, running_server, serve
 from thoraxrt.server.service import SERVICE_NAME
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -29,8 +28,9 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVE = """
 import sys
 from thoraxrt.engine.engine import Engine
-from thoraxrt.server.serve import serve
-serve(Engine.open(sys.argv[1], backend="onnxruntime"), port=0)
+from thoraxrt.server.serve import OneModel, ServeOptions, serve
+with Engine.open(sys.argv[1], backend="onnxruntime") as engine:
+    serve(OneModel(engine), ServeOptions(port=0))
 print("stopped")
 """
 
@@ -63,7 +63,7 @@ def test_health_waits_for_the_network_to_be_warm(gated_engine, gate, free_port):
     warm, end = threading.Event(), threading.Event()
 
     def run() -> None:
-        with running_server(gated_engine, port=free_port):
+        with running_server(gated_engine, ServeOptions(port=free_port)):
             warm.set()
             end.wait(20)
 
@@ -94,7 +94,7 @@ def test_a_network_that_fails_its_warm_up_is_not_served(faulty_bundle):
 
 def test_a_stop_finishes_what_is_in_flight_and_takes_no_more(gated_engine, gate, radiograph):
     stack = contextlib.ExitStack()
-    port = stack.enter_context(running_server(gated_engine, grace=20))
+    port = stack.enter_context(running_server(gated_engine, ServeOptions(port=0, grace_s=20)))
     watching = grpc.insecure_channel(f"127.0.0.1:{port}")
     with (
         watching,
@@ -123,7 +123,7 @@ def test_a_stop_finishes_what_is_in_flight_and_takes_no_more(gated_engine, gate,
 def test_a_stop_waits_no_longer_than_its_grace(gated_engine, gate, radiograph):
     request = pb.PredictRequest(image=radiograph(0))
     stack = contextlib.ExitStack()
-    port = stack.enter_context(running_server(gated_engine, grace=0.05))
+    port = stack.enter_context(running_server(gated_engine, ServeOptions(port=0, grace_s=0.05)))
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         call = channel.unary_unary("/thoraxrt.v1.PredictionService/Predict")
         gate.shut()
@@ -142,25 +142,32 @@ def test_a_stop_waits_no_longer_than_its_grace(gated_engine, gate, radiograph):
 def test_a_second_server_on_the_port_is_refused_in_one_line(engine, address, capfd):
     port = int(address.rpartition(":")[2])
     with pytest.raises(ServerError, match=rf"cannot listen on 127.0.0.1:{port}: .*in use; choose another --port"):
-        serve(Engine.open(engine.bundle, backend="onnxruntime"), port=port)
-    with pytest.raises(ServerError, match="cannot listen"), running_server(engine, port=port):
+        serve(OneModel(engine), ServeOptions(port=port))
+    with pytest.raises(ServerError, match="cannot listen"), running_server(engine, ServeOptions(port=port)):
         pytest.fail("it serves")
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_an_address_of_another_machine_is_refused(engine, host):
-    with pytest.raises(ServerError, match=f"cannot listen on {host}:0: .*--host"), running_server(engine, host=host):
+    with (
+        pytest.raises(ServerError, match=f"cannot listen on {host}:0: .*--host"),
+        running_server(engine, ServeOptions(host=host, port=0, insecure=True)),
+    ):
         pytest.fail("it serves")
 
 
 def test_it_listens_on_loopback_unless_told_otherwise(engine, caplog):
-    assert serve_module.HOST == "127.0.0.1"
+    assert ServeOptions().host == "127.0.0.1"
+    exposed = ServeOptions(host="0.0.0.0", port=0, insecure=True)
+    with pytest.raises(RequestError, match="unencrypted; expected a certificate"):  # noqa: SIM117
+        with running_server(engine, ServeOptions(host="0.0.0.0", port=0)):
+            pytest.fail("it serves")
     with caplog.at_level(logging.WARNING, "thoraxrt"):
         with running_server(engine):
             pass
         assert caplog.text == ""
-        with running_server(engine, host="0.0.0.0") as port, Client(f"127.0.0.1:{port}") as client:
+        with running_server(engine, exposed) as port, Client(f"127.0.0.1:{port}") as client:
             assert client.model().backend == "onnxruntime"
         assert "without encryption" in caplog.text
 
@@ -171,7 +178,7 @@ def test_it_listens_on_ipv6(engine):
             probe.bind(("::1", 0))
     except OSError:
         pytest.skip("this machine has no IPv6 loopback")
-    with running_server(engine, host="::1") as port, Client(f"[::1]:{port}") as client:
+    with running_server(engine, ServeOptions(host="::1", port=0)) as port, Client(f"[::1]:{port}") as client:
         assert client.model().precision == "fp32"
 
 

@@ -6,7 +6,13 @@ import grpc
 import pytest
 
 from thoraxrt.engine import errors
-from thoraxrt.engine.errors import BackendUnavailableError, ImageFormatError, ImageLimitError, ServerError
+from thoraxrt.engine.errors import (
+    BackendUnavailableError,
+    DeadlineError,
+    ImageFormatError,
+    ImageLimitError,
+    ServerError,
+)
 from thoraxrt.server.status import ERROR_KEY, error_from_status, fault, status_from_error
 
 
@@ -76,7 +82,7 @@ def test_a_fault_says_nothing_of_its_cause():
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_any_other_status_is_a_server_error_that_names_the_address(code):
     error = error_from_status(code, "why", {}, "host:1")
-    assert type(error) is ServerError
+    assert type(error) is (DeadlineError if code is grpc.StatusCode.DEADLINE_EXCEEDED else ServerError)
     assert "host:1" in str(error)
 
 

@@ -1,0 +1,113 @@
+"""What every call has in common, whatever its service: a message that parses, a status where it fails, its time.
+
+The outermost interceptor: what the services and the other interceptors raise becomes a status here, and only here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from thoraxrt.engine.errors import RequestError, ThoraxrtError
+from thoraxrt.server.scheduler import FaultError
+from thoraxrt.server.status import Status, fault, status_from_error
+from thoraxrt.server.telemetry import NullTelemetry
+
+__all__ = ["Calls", "status_from_exception"]
+
+_log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:  # generic in the stubs only
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+
+_MAKERS: Any = {  # by whether requests and responses are streams
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+def status_from_exception(method: str, error: Exception) -> Status:
+    """What a call, or one image of it, ends with: ours by the table, any other as a fault, which is logged.
+
+    Where, and of what type: an exception's own text may quote the image or the patient.
+    """
+    if isinstance(error, ThoraxrtError):
+        return status_from_error(error)
+    if isinstance(error, DecodeError):
+        return status_from_error(
+            RequestError(
+                f"the message is not what {method} takes; expected the request of its .proto: check the client's version"
+            )
+        )
+    if not isinstance(error, FaultError):  # which has been logged
+        where = "".join(traceback.format_tb(error.__traceback__))
+        _log.error("%s failed with %s\n%s", method, type(error).__name__, where)
+    return fault()
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """Ends a call with a status where its service or an interceptor raises, and reports it to `telemetry`.
+
+    gRPC itself would answer UNKNOWN with the exception's text, and log it.
+    """
+
+    def __init__(self, telemetry: NullTelemetry) -> None:
+        self._telemetry = telemetry
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """See grpc.aio."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:  # no such method
+            return None
+        method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
+        answer = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        parse = None if handler.request_streaming else handler.request_deserializer
+
+        async def answered(request: Any, context: Any) -> Any:
+            began, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+            self._telemetry.begun(method)
+            try:
+                with self._telemetry.span(method, metadata, method=method):
+                    try:
+                        response = await _answered(answer, parse(request) if parse else request, context)
+                    except (grpc.aio.AbortError, asyncio.CancelledError):
+                        code = context.code() or code
+                        raise
+                    except Exception as error:
+                        status = status_from_exception(method, error)
+                        code = status.code
+                        await context.abort(*status)
+                code = context.code() or grpc.StatusCode.OK
+                return response
+            finally:
+                self._telemetry.answered(method, code.name, time.perf_counter() - began)
+
+        wrapped: _Handler = _MAKERS[handler.request_streaming, handler.response_streaming](
+            answered,
+            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
+            response_serializer=handler.response_serializer,
+        )
+        return wrapped
+
+
+async def _answered(answer: Any, request: Any, context: Any) -> Any:
+    """The response; where it is a stream, all of it has been written."""
+    if not inspect.isasyncgenfunction(answer):
+        return await answer(request, context)
+    async for response in answer(request, context):
+        await context.write(response)
+    return None
