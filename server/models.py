@@ -412,18 +412,18 @@ class Models:
         """
         slots = self._slots.setdefault(name, {})
         errors: dict[int, ThoraxrtError] = {}
-        kept, by_policy = set(), 0
+        kept, loaded = set(), 0
         for version in sorted(folders, reverse=True):
             asked = self._asked_for(name, version)
             if asked is False:
                 kept |= slots.keys() & {version}
-            elif asked or by_policy != self._latest:
+            elif asked or self._latest is None or loaded < self._latest:
                 self._check_open()
                 kept.add(version)
                 slot = slots.setdefault(version, _Slot())
                 if error := await self._load_changed(name, version, folders[version], slot, again=again):
                     errors[version] = error
-                by_policy += slot.served is not None and not asked
+                loaded += slot.served is not None
         gone = [(name, version, slot) for version, slot in slots.items() if version not in kept]
         await self._stop_serving(gone)
         for _, version, _ in gone:
@@ -445,7 +445,7 @@ class Models:
             try:
                 await self._replace(name, version, folder, slot)
             except ThoraxrtError as its_own:
-                error = its_own
+                error = its_own.with_traceback(None)  # which would hold what the engine has of the GPU's memory
             except Exception as fault:
                 _log.error("loading %s version %d failed", name, version, exc_info=fault)
                 error = BackendError(f"loading it failed with {type(fault).__name__}: {fault}")
