@@ -47,6 +47,11 @@ class Priority(enum.Enum):
     STAT = "stat"
 
 
+def _usable_cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchingOptions:
     """What bounds one model's queue.
@@ -57,7 +62,8 @@ class BatchingOptions:
     it may be started ahead (only an engine that takes batches ahead makes use of it). At most `max_images` are in
     the server, whatever their stage, and `max_bytes` of encoded files that have been read and not yet decoded; at
     most `max_per_client` images are one client's. A request without a deadline gets `default_deadline_s`, one with
-    a longer deadline `longest_deadline_s`. `workers` images are in the decoder at once. At each stage, one in
+    a longer deadline `longest_deadline_s`. `workers` images are in the decoder at once, which should be the
+    decoder's own number of workers. At each stage, one in
     `routine_every` images taken is routine, where one waits.
 
     Raises ValueError where a bound makes no sense. Example: `BatchingOptions(max_batch=16, max_images=512)`.
@@ -71,7 +77,7 @@ class BatchingOptions:
     max_per_client: int = 128
     default_deadline_s: float = 10.0
     longest_deadline_s: float = 60.0
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = field(default_factory=_usable_cpus)
     routine_every: int = 8
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -25,6 +25,7 @@ import numpy as np
 from thoraxrt.engine.decode import Decoder, Radiograph
 from thoraxrt.engine.engine import Batch, Engine, Prediction
 from thoraxrt.engine.errors import DeadlineError, ServerError, ThoraxrtError
+from thoraxrt.engine.execute import NetworkInput
 from thoraxrt.server.batching import Batcher, BatchingOptions, Job, Priority, RefusedError, Ticket
 
 __all__ = ["FaultError", "Scheduler", "Telemetry"]
@@ -55,16 +56,20 @@ class FaultError(Exception):
 class _Item:
     """What the policy carries of one image: its bytes until they are handed to the decoder, its pixels after it."""
 
-    __slots__ = ("answer", "cam", "data", "findings", "picture")
+    __slots__ = ("answer", "cam", "findings", "image", "picture")
 
     def __init__(
-        self, data: bytes, findings: Collection[str] | None, cam: bool, answer: asyncio.Future[Prediction]
+        self,
+        image: bytes | NetworkInput,
+        findings: Collection[str] | None,
+        cam: bool,
+        answer: asyncio.Future[Prediction],
     ) -> None:
-        self.data = data
+        self.image = image
         self.findings = findings
         self.cam = cam
         self.answer = answer
-        self.picture: Radiograph | None = None
+        self.picture: Radiograph | NetworkInput | None = None
 
 
 _Answer = Prediction | Exception
@@ -96,6 +101,7 @@ class Scheduler:
         model: str = "default",
     ) -> None:
         self.model = model
+        self.options = options
         self._engine = engine
         self._decoder = decoder
         self._telemetry = telemetry
@@ -138,7 +144,12 @@ class Scheduler:
         return ticket
 
     async def predict(
-        self, ticket: Ticket[_Item], data: bytes, *, findings: Collection[str] | None = None, cam: bool = False
+        self,
+        ticket: Ticket[_Item],
+        image: bytes | NetworkInput,
+        *,
+        findings: Collection[str] | None = None,
+        cam: bool = False,
     ) -> Prediction:
         """The answer for one of a ticket's images; see `Engine.predict`. Cancelling it takes the image out.
 
@@ -146,10 +157,12 @@ class Scheduler:
         wait, DeadlineError once the deadline has passed, ServerError where the scheduler is closed before.
         """
         self._engine.check_findings(findings)
-        item = _Item(data, findings, cam, self._loop.create_future())
+        size = len(image) if isinstance(image, bytes) else image.array.nbytes
+        item = _Item(image, findings, cam, self._loop.create_future())
+        del image  # once it is decoded, nothing keeps the file
         try:
             with self._changed:
-                job = self._policy.enter(ticket, len(data), item)
+                job = self._policy.enter(ticket, size, item)
         except RefusedError as error:
             self._telemetry.refused(self.model, error.reason)
             raise
@@ -240,13 +253,7 @@ class Scheduler:
         """Hand the decoder what the policy says, as long as it says something."""
         while job := self._next_to_decode():
             self._telemetry.stage(self.model, "queue", job.decode_began - job.entered)
-            data, job.item.data = job.item.data, b""
-            decoding: Future[Radiograph]
-            try:
-                decoding = self._decoder.submit(data)
-            except Exception as error:
-                decoding = Future()
-                decoding.set_exception(error)
+            decoding = self._submitted(job.item)
             if decoding.done():  # without a callback, which would come back here once more for each image
                 self._decoded(job, decoding)
             else:
@@ -256,11 +263,22 @@ class Scheduler:
         with self._changed:
             return self._policy.next_to_decode()
 
-    def _decoded_and_feed(self, job: Job[_Item], decoding: Future[Radiograph]) -> None:
+    def _submitted(self, item: _Item) -> Future[Any]:
+        image, item.image = item.image, b""
+        done: Future[Any] = Future()
+        try:
+            if isinstance(image, bytes):
+                return self._decoder.submit(image)
+            done.set_result(image)
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def _decoded_and_feed(self, job: Job[_Item], decoding: Future[Any]) -> None:
         self._decoded(job, decoding)
         self._feed()
 
-    def _decoded(self, job: Job[_Item], decoding: Future[Radiograph]) -> None:
+    def _decoded(self, job: Job[_Item], decoding: Future[Any]) -> None:
         error: Exception | None = None
         try:
             job.item.picture = decoding.result()
