@@ -34,6 +34,9 @@ __all__ = ["Config", "Finding", "check", "exit_status", "is_loopback", "load_con
 _PREFIX: Final = "THORAXRT_"
 _NESTING: Final = "__"
 
+_FLAGS: Final = "the flags"
+_ENVIRONMENT: Final = "the environment"
+
 _ENVELOPE_BYTES: Final = 64 * 1024
 """What surrounds an image in a message."""
 
@@ -181,8 +184,8 @@ def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None
     """
     layers = _Layers(
         {
-            "the flags": _nested((key.split("."), value) for key, value in (flags or {}).items() if value is not None),
-            "the environment": _nested(_variables()),
+            _FLAGS: _nested(_FLAGS, ((k.split("."), value) for k, value in (flags or {}).items() if value is not None)),
+            _ENVIRONMENT: _nested(_ENVIRONMENT, _variables()),
             str(file): {} if file is None else _from_toml(file),
         }
     )
@@ -220,18 +223,18 @@ def _listed(name: str, value: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"the environment: {name} is {value!r}; expected a JSON list, [1, 2, 4] say") from error
+        raise ConfigError(f"{_ENVIRONMENT}: {name} is {value!r}; expected a JSON list, [1, 2, 4] say") from error
 
 
-def _nested(entries: Iterator[tuple[list[str], Any]]) -> dict[str, Any]:
+def _nested(source: str, entries: Iterable[tuple[list[str], Any]]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for path, value in entries:
-        place = tree
-        for part in path[:-1]:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"the environment: {_variable(path)} is set beside {part.upper()} itself; keep one")
-        place[path[-1]] = value
+    for (*sections, key), value in entries:
+        place: Any = tree
+        for section in sections:
+            place = place.setdefault(section, {}) if isinstance(place, dict) else place
+        if not isinstance(place, dict) or key in place:
+            raise ConfigError(f"{source}: {'.'.join([*sections, key])} is given twice; expected one value for it")
+        place[key] = value
     return tree
 
 
@@ -272,7 +275,7 @@ class _Layers:
             for part in path:
                 place = place.get(part, _ABSENT) if isinstance(place, dict) else place
             if place is not _ABSENT and layer:
-                return f"{name} ({_variable(path)})" if name == "the environment" else name
+                return f"{name} ({_variable(path)})" if name == _ENVIRONMENT else name
         return "the configuration"
 
 

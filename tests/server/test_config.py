@@ -116,10 +116,12 @@ def test_a_variable_that_is_no_json_list_is_named(file, monkeypatch):
     assert "THORAXRT_BATCHING__BUCKETS is '[1, 2'; expected a JSON list" in refused(file, "")
 
 
-def test_a_variable_under_another_is_named(file, monkeypatch):
-    monkeypatch.setenv("THORAXRT_SERVER__PORT", "1")
-    monkeypatch.setenv("THORAXRT_SERVER__PORT__X", "1")
-    assert "THORAXRT_SERVER__PORT" in refused(file, "")
+@pytest.mark.parametrize("names", [("SERVER__PORT", "SERVER__PORT__X"), ("SERVER__PORT__X", "SERVER__PORT")])
+def test_a_variable_under_another_is_named(file, monkeypatch, names):
+    for name in names:
+        monkeypatch.setenv(f"THORAXRT_{name}", "1")
+    assert "the environment: server.port" in refused(file, "")
+    assert "is given twice" in refused(file, "")
 
 
 def test_two_listeners_need_two_ports(file):
