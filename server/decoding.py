@@ -50,6 +50,9 @@ _BACKOFF_S: Final = 0.1  # after a failed start, doubled up to the longest
 _LONGEST_BACKOFF_S: Final = 5.0
 _NICE: Final = 5  # behind the engine and the event loop: decoding that falls behind is waited for, so it catches up
 
+# glibc's mallopt(3): else it gives the memory of each image back, and the next one's costs 1 ms of page faults.
+_KEEP_MEMORY: Final = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+
 _TABLE_BYTES: Final = 65536
 _KEPT_BYTES: Final = 16 * 1024 * 1024  # what a larger image took of shared memory is given back at once
 _REPLY_BYTES: Final = 8192
@@ -117,18 +120,18 @@ class ProcessDecoder:
         self._closing = threading.Event()
         self._submitting = threading.Lock()  # so that nothing is queued once the decoder closes
         self._settled = threading.Event()  # a worker is ready, or none can be started
-        self._failing: dict[int, str] = {}  # threads that cannot have a worker, and why
+        self._failing: list[str | None] = [None] * self.workers  # why a thread cannot have a worker, where it cannot
         self._threads = [
             # A worker dies with the thread that started it (PR_SET_PDEATHSIG), so each thread starts its own.
-            threading.Thread(target=self._serve, name=f"decode_{number}", daemon=True)
+            threading.Thread(target=self._serve, args=(number,), name=f"decode_{number}", daemon=True)
             for number in range(self.workers)
         ]
         for thread in self._threads:
             thread.start()
         self._settled.wait()
-        if reasons := self._all_failing():
+        if reason := self._all_failing():
             self.close()
-            raise BackendUnavailableError(reasons)
+            raise BackendUnavailableError(reason)
 
     def submit(self, data: bytes) -> Future[Radiograph]:
         """Start decoding one file; the future gives what `decode` returns or raises."""
@@ -145,7 +148,7 @@ class ProcessDecoder:
         return future
 
     def close(self) -> None:
-        """Finish what runs, cancel what waits, and end the workers; bounded by the time that an image may take."""
+        """Finish what runs, cancel what waits, and end the workers; bounded by what an image may take."""
         with self._submitting:
             self._closing.set()
         self._cancel_waiting()
@@ -175,13 +178,13 @@ class ProcessDecoder:
 
     # In a worker's thread
 
-    def _serve(self) -> None:
+    def _serve(self, number: int) -> None:
         """Keep a worker running, and give it one image after the other."""
-        worker = self._started()
+        worker = self._started(number)
         while worker is not None and self._answer_next(worker):
             if not worker.alive:
                 worker.close()
-                worker = self._started()
+                worker = self._started(number)
         if worker is not None:
             worker.close()
 
@@ -205,9 +208,9 @@ class ProcessDecoder:
             del job  # the error's traceback holds this frame, and the future the error
         return True
 
-    def _started(self) -> _Worker | None:
+    def _started(self, number: int) -> _Worker | None:
         """A worker that is ready, however many attempts it takes; None where the decoder closes."""
-        own, failures = threading.get_ident(), 0
+        failures = 0
         while not self._closing.is_set():
             try:
                 worker = _Worker(self._command, self._order)
@@ -215,10 +218,10 @@ class ProcessDecoder:
                 _log.error("%s", error)
                 failures += 1
                 if failures >= _ATTEMPTS or not self._settled.is_set():  # at first, the caller waits for it
-                    self._failing[own] = str(error)
+                    self._failing[number] = str(error)
                 self._back_off(min(_BACKOFF_S * 2 ** (failures - 1), _LONGEST_BACKOFF_S))
             else:
-                self._failing.pop(own, None)
+                self._failing[number] = None
                 self._settled.set()
                 return worker
         return None
@@ -227,8 +230,8 @@ class ProcessDecoder:
         """Wait; as long as no thread can have a worker, fail what comes."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0 and not self._closing.is_set():
-            reasons = self._all_failing()
-            if reasons is None:
+            reason = self._all_failing()
+            if reason is None:
                 self._closing.wait(left)
                 continue
             self._settled.set()
@@ -237,12 +240,11 @@ class ProcessDecoder:
             except Empty:
                 return
             if job is not None and job.future.set_running_or_notify_cancel():
-                job.future.set_exception(BackendUnavailableError(reasons))
+                job.future.set_exception(BackendUnavailableError(reason))
 
     def _all_failing(self) -> str | None:
         """Why no thread can have a worker, where none can."""
-        reasons = list(self._failing.values())
-        return reasons[-1] if len(reasons) == self.workers else None
+        return self._failing[-1] if all(self._failing) else None
 
 
 @dataclass(slots=True, eq=False)
@@ -453,7 +455,8 @@ class _Worker:
 def _environment() -> dict[str, str]:
     """What a worker needs to import what this process does; nothing else of this process's environment, secrets say."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    return {**kept, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return {**kept, **one_thread, **_KEEP_MEMORY, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 # In the worker
