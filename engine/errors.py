@@ -23,6 +23,7 @@
     ├── OverloadedError              the server has more to do than it can answer in time
     ├── DeadlineError                the deadline passed before the answer was there
     └── ServerError                  the server could not be reached or did not answer
+        └── AuditError               the audit log cannot be kept, or is not what was written
 
 A message says what was received, what was expected and what to do. Image content and patient
 data never appear in a message. This module knows neither exit statuses (`thoraxrt.cli`) nor
@@ -31,6 +32,7 @@ gRPC codes (`thoraxrt.server.status`).
 
 __all__ = [
     "AccessError",
+    "AuditError",
     "AuthenticationError",
     "AuthorizationError",
     "BackendError",
@@ -158,3 +160,7 @@ class DeadlineError(ThoraxrtError):
 
 class ServerError(ThoraxrtError):
     """The server could not be reached, or answered with something other than a result."""
+
+
+class AuditError(ServerError):
+    """The audit log cannot be written, so that there is no answer; or it is not what was written."""
