@@ -87,10 +87,12 @@ class Calls(grpc.aio.ServerInterceptor):
                     except (grpc.aio.AbortError, asyncio.CancelledError):
                         code = context.code() or code
                         raise
+                    except grpc.aio.InternalError:  # what was to be read or written cannot be: the client has gone
+                        raise asyncio.CancelledError from None
                     except Exception as error:
                         status = status_from_exception(method, error)
                         code = status.code
-                        await context.abort(*status)
+                        await _aborted(context, status)
                 code = context.code() or grpc.StatusCode.OK
                 return response
             finally:
@@ -102,6 +104,13 @@ class Calls(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
         return wrapped
+
+
+async def _aborted(context: Any, status: Status) -> None:
+    try:
+        await context.abort(*status)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 async def _answered(answer: Any, request: Any, context: Any) -> Any:

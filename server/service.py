@@ -29,6 +29,7 @@ from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.batching import Priority, Ticket
 from thoraxrt.server.calls import status_from_exception
 from thoraxrt.server.models import Loaded
+from thoraxrt.server.principal import ANONYMOUS, current_principal
 from thoraxrt.server.status import Status
 from thoraxrt.server.telemetry import NullTelemetry
 from thoraxrt.server.wire import (
@@ -105,7 +106,7 @@ class _Call:
     def of(cls, method: str, context: _Context) -> _Call:
         """Raises RequestError for metadata that means nothing."""
         said = {key: str(value) for key, value in context.invocation_metadata() or ()}
-        version = said.get(VERSION_KEY)
+        version, principal = said.get(VERSION_KEY), current_principal.get()
         if version is not None and not (version.isascii() and version.isdecimal() and len(version) < 19):
             raise RequestError(f"{VERSION_KEY} is {version[:40]!r}; expected a whole number")
         return cls(
@@ -114,7 +115,8 @@ class _Call:
             version=None if version is None else int(version),
             priority=_word(said, PRIORITY_KEY, Priority.ROUTINE),
             order=_word(said, ORDER_KEY, _Order.REQUEST),
-            client=context.peer().rpartition(":")[0],  # ipv4:192.0.2.1:50000
+            # Callers that nobody knows are told apart by their machine: ipv4:192.0.2.1:50000.
+            client=context.peer().rpartition(":")[0] if principal is ANONYMOUS else principal.name,
             time_remaining=context.time_remaining,
         )
 
