@@ -7,7 +7,6 @@ no option is described twice; see `deploy/thoraxrt.toml` for all of them.
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Self, get_type_hints
+from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
@@ -25,11 +24,13 @@ from thoraxrt.engine.bundle import MANIFEST, Bundle
 from thoraxrt.engine.decode import DecodeLimits
 from thoraxrt.engine.errors import ConfigError, ThoraxrtError
 from thoraxrt.server.batching import BatchingOptions
+from thoraxrt.server.certificates import server_credentials
 from thoraxrt.server.decoding import WorkerLimits
 from thoraxrt.server.models import EngineOptions
+from thoraxrt.server.security import Authenticator, SecurityOptions, check_exposure, is_loopback
 from thoraxrt.server.telemetry import tracing
 
-__all__ = ["Config", "Finding", "check", "exit_status", "is_loopback", "load_config"]
+__all__ = ["Config", "Finding", "check", "exit_status", "load_config"]
 
 _PREFIX: Final = "THORAXRT_"
 _NESTING: Final = "__"
@@ -56,7 +57,7 @@ class ServerOptions:
 
     `port` 0 takes a free one. Calls in flight have `grace_s` seconds once it stops. A message has at most
     `max_message_bytes`, by default those of one image and what surrounds it: more only serves studies of large images.
-    `insecure` allows an address beyond loopback without TLS.
+    `insecure` allows an address beyond loopback without TLS or without authentication.
     """
 
     host: str = "127.0.0.1"
@@ -152,6 +153,7 @@ class Config(BaseModel):
     batching: BatchingOptions = BatchingOptions()
     limits: DecodeLimits = DecodeLimits()
     decoding: DecodingOptions = DecodingOptions()
+    security: SecurityOptions = SecurityOptions()
     metrics: MetricsOptions = MetricsOptions()
     tracing: TracingOptions = TracingOptions()
     logging: LoggingOptions = LoggingOptions()
@@ -179,7 +181,7 @@ class Config(BaseModel):
 def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
     """The configuration of a file, of variables named THORAXRT_<SECTION>__<KEY>, and of flags by dotted key.
 
-    A flag that is None was not given. A list in a variable is written as in JSON. Relative paths start at the working
+    A flag that is None was not given. In a variable, a list or a table is written as JSON. Relative paths start at the working
     directory. Raises ConfigError that says, for each wrong key, where it stands, what was received and expected.
     """
     layers = _Layers(
@@ -213,17 +215,17 @@ def _from_toml(file: Path) -> dict[str, Any]:
 def _variables() -> Iterator[tuple[list[str], Any]]:
     for name, value in os.environ.items():
         if name.startswith(_PREFIX) and _NESTING in name:  # others are not ours: THORAXRT_CACHE
-            yield name.removeprefix(_PREFIX).lower().split(_NESTING), _listed(name, value)
+            yield name.removeprefix(_PREFIX).lower().split(_NESTING), _read(name, value)
 
 
-def _listed(name: str, value: str) -> Any:
-    """A variable's value: a list where it is written as one, else the text, which the key's type then reads."""
-    if not value.startswith("["):
+def _read(name: str, value: str) -> Any:
+    """A variable's value: a list or a table where it is written as one, else the text, which the key's type then reads."""
+    if not value.startswith(("[", "{")):
         return value
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{_ENVIRONMENT}: {name} is {value!r}; expected a JSON list, [1, 2, 4] say") from error
+        raise ConfigError(f"{_ENVIRONMENT}: {name} is {value!r}; expected JSON, [1, 2, 4] say") from error
 
 
 def _nested(source: str, entries: Iterable[tuple[list[str], Any]]) -> dict[str, Any]:
@@ -299,8 +301,9 @@ def _known(loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], list[str]
         path.append(part)
         if part not in names:
             break
-        kind = Config.model_fields[str(part)].annotation if kind is None else get_type_hints(kind)[str(part)]
-        if not is_dataclass(kind):
+        hint = Config.model_fields[str(part)].annotation if kind is None else get_type_hints(kind)[str(part)]
+        kind = next((option for option in (hint, *get_args(hint)) if is_dataclass(option)), None)  # it may be optional
+        if kind is None:
             break
         names = [field.name for field in fields(kind)]
     return tuple(path), siblings if loc else names
@@ -331,7 +334,7 @@ def check(config: Config) -> list[Finding]:
     it finds.
     """
     findings: list[Finding] = []
-    for look in (_look_at_models, _look_at_ports, _look_at_decoding, _look_at_tracing):
+    for look in (_look_at_models, _look_at_ports, _look_at_security, _look_at_decoding, _look_at_tracing):
         findings += look(config)
     return findings
 
@@ -391,6 +394,23 @@ def _look_at_ports(config: Config) -> Iterator[Finding]:
             yield Finding(level="warning", about="metrics.host", text=text)
 
 
+def _look_at_security(config: Config) -> Iterator[Finding]:
+    server, security = config.server, config.security
+
+    def look() -> str:
+        check_exposure(server.host, security.tls is not None, server.insecure, authenticates=security.authenticates)
+        if security.tls:
+            server_credentials(security.tls)
+        Authenticator(security)
+        encrypted = "TLS" if security.tls else "no encryption"
+        return f"{encrypted}, {'callers show who they are' if security.authenticates else 'callers are asked nothing'}"
+
+    yield _tried("security", look)
+    if server.insecure and not is_loopback(server.host):
+        text = f"{server.host} may be reached by others without encryption, or without a password: that is allowed"
+        yield Finding(level="warning", about="server.insecure", text=text)
+
+
 def _look_at_decoding(config: Config) -> Iterator[Finding]:
     if not config.decoding.processes:
         text = "files are decoded by threads: one that crashes a decoder ends the server"
@@ -405,11 +425,3 @@ def _look_at_tracing(config: Config) -> Iterator[Finding]:
             return f"traces go to {endpoint}"
 
         yield _tried("tracing.endpoint", look)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

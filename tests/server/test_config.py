@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from thoraxrt.engine.decode import DecodeLimits
 from thoraxrt.engine.errors import ConfigError
 from thoraxrt.server.batching import BatchingOptions
-from thoraxrt.server.config import Config, Finding, check, exit_status, is_loopback, load_config
+from thoraxrt.server.config import Config, Finding, check, exit_status, load_config
 from thoraxrt.server.decoding import ProcessDecoder
 from thoraxrt.server.models import EngineOptions
+from thoraxrt.server.tokens import add_token
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +69,9 @@ def test_a_variable_may_hold_a_list_a_number_or_a_switch(file, monkeypatch):
     monkeypatch.setenv("THORAXRT_MODELS__LATEST", "all")
     monkeypatch.setenv("THORAXRT_DECODING__PROCESSES", "false")
     monkeypatch.setenv("THORAXRT_CACHE", "elsewhere")  # not the configuration's
-    config = loaded(file, "")
+    monkeypatch.setenv("THORAXRT_SECURITY__TLS__CLIENTS", '{"*": ["predict"]}')
+    config = loaded(file, "security.tls = {certificate = 'a', private_key = 'b', client_ca = 'c'}")
+    assert config.security.tls.clients == {"*": ("predict",)}
     assert config.batching.buckets == (1, 2, 8)
     assert config.models.trusted == [Path("a.pem"), Path("b.pem")]
     assert config.models.latest == "all"
@@ -113,7 +117,7 @@ def test_the_source_of_a_wrong_value_is_named(file, monkeypatch):
 
 def test_a_variable_that_is_no_json_list_is_named(file, monkeypatch):
     monkeypatch.setenv("THORAXRT_BATCHING__BUCKETS", "[1, 2")
-    assert "THORAXRT_BATCHING__BUCKETS is '[1, 2'; expected a JSON list" in refused(file, "")
+    assert "THORAXRT_BATCHING__BUCKETS is '[1, 2'; expected JSON" in refused(file, "")
 
 
 @pytest.mark.parametrize("names", [("SERVER__PORT", "SERVER__PORT__X"), ("SERVER__PORT__X", "SERVER__PORT")])
@@ -182,17 +186,6 @@ def test_the_sections_are_what_the_parts_take(file, radiograph):
         assert "90" in str(decoder.submit(radiograph(width=80)).exception())
 
 
-@pytest.mark.parametrize(
-    ("hosts", "answer"),
-    [
-        ("127.0.0.1 ::1 localhost 127.9.9.9", True),
-        ("0.0.0.0 :: 192.168.1.2 localhost.example.org", False),
-    ],
-)
-def test_loopback_is_what_only_this_machine_reaches(hosts, answer):
-    assert [is_loopback(host) for host in hosts.split()] == [answer] * 4
-
-
 # The check
 
 
@@ -252,6 +245,40 @@ def test_metrics_for_everybody_are_a_warning(tiny_bundle):
     findings = checked(tiny_bundle.path, metrics__host="0.0.0.0")
     assert findings["metrics.host"].level == "warning"
     assert exit_status(findings.values()) == 0
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tls")
+    files = folder / "server.pem", folder / "server.key"
+    options = ["-newkey", "ed25519", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    subprocess.run(
+        ["openssl", "req", "-x509", *options, "-out", files[0], "-keyout", files[1]],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    return files
+
+
+def test_beyond_loopback_it_wants_tls_and_callers_who_say_who_they_are(tiny_bundle, certificate, tmp_path):
+    def security(**flags: object) -> Finding:
+        return checked(tiny_bundle.path, server__host="0.0.0.0", **flags)["security"]
+
+    add_token(tmp_path / "tokens.toml", "pacs", ("predict",))
+    encrypted = {"security__tls__certificate": certificate[0], "security__tls__private_key": certificate[1]}
+    closed = {"security__tokens__file": tmp_path / "tokens.toml"}
+    assert [security(**flags).level for flags in ({}, encrypted, closed)] == ["error"] * 3
+    assert security(**encrypted, **closed).text == "TLS, callers show who they are"
+    findings = checked(tiny_bundle.path, server__host="0.0.0.0", server__insecure=True)
+    assert (findings["security"].level, findings["server.insecure"].level) == ("ok", "warning")
+
+
+def test_a_certificate_or_a_token_file_that_cannot_be_used_is_an_error(tiny_bundle, certificate, tmp_path):
+    pair = {"security__tls__certificate": certificate[0], "security__tls__private_key": certificate[0]}
+    finding = checked(tiny_bundle.path, **pair)["security"]
+    assert (finding.level, "holds no private key" in finding.text) == ("error", True)
+    finding = checked(tiny_bundle.path, security__tokens__file=tmp_path / "none.toml")["security"]
+    assert (finding.level, "none.toml cannot be read" in finding.text) == ("error", True)
 
 
 def test_decoding_in_threads_is_a_warning(tiny_bundle):
