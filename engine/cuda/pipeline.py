@@ -460,15 +460,15 @@ class Pipeline:
         slot = batch.slot
         assert slot is not None
         self._flying.remove(batch)
-        batch.fail(error)
         lost = error if isinstance(error, DeviceError) and error.lost else None
         try:
-            if lost is None:  # what was started before goes on; then nothing reads or writes the slot any more
+            if lost is None:  # what was started before goes on; then nothing uses the slot and the images any more
                 self._copy.synchronize()
                 self._compute.synchronize()
                 self._free.append(slot)
         except DeviceError as failure:
             lost = failure
+        batch.fail(error)
         if lost is not None:
             self._lost = lost
             for other in self._flying:
@@ -486,11 +486,11 @@ class Pipeline:
             return
         self._closed = True
         self._copiers.shutdown()
-        for batch in self._flying:
-            batch.fail(BackendError("the pipeline was closed before this result was taken; submit it again"))
-        self._flying.clear()
         with contextlib.suppress(DeviceError):  # all is closed all the same, and nobody is left whom it concerns
             self._owned.close()
+        for batch in self._flying:  # only now, since closing waited for what reads their images
+            batch.fail(BackendError("the pipeline was closed before this result was taken; submit it again"))
+        self._flying.clear()
 
     def __enter__(self) -> Self:
         return self
