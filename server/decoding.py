@@ -320,8 +320,8 @@ class _Worker:
             try:
                 self._open(command, order, opened)
                 reason = self._awaited()
-            except OSError as error:
-                reason = error.strerror or type(error).__name__
+            except (OSError, MemoryError, subprocess.SubprocessError) as error:
+                reason = getattr(error, "strerror", None) or type(error).__name__
             if reason is not None:
                 raise BackendUnavailableError(
                     f"a worker process for decoding cannot be started ({reason}); expected one within {_START_S:g} s: "
