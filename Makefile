@@ -23,7 +23,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 proto: $(INSTALLED)  ## regenerate the wire contract's code
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. thoraxrt/proto/v1/*.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. thoraxrt/proto/*/*.proto
 
 gpu-check:  ## what needs a GPU, tested and measured; PART=tests|speed|peers, IMAGES=a folder of radiographs; see benchmarks/gpu.py
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) \
