@@ -396,6 +396,8 @@ def test_device_arrays_are_kept_until_the_gpu_has_read_them(driver: Any, gpu: Gp
             flight = pipeline.submit([pipeline.pixels(Noting(gpu, pixels, 64))], small.all(1))
             if ending == "result":
                 flight.result()
+            if ending == "failure":
+                assert driver.count("kernel") >= ran + 1  # the slot, too, is free for others
         assert isinstance(flight.result()[0], {"result": Output, "failure": DeviceError, "close": BackendError}[ending])
         del flight
         if ending == "failure":
