@@ -222,8 +222,8 @@ class Models:
     def ready(self, name: str | None = None, version: int | None = None) -> bool:
         """Whether a model or a version is served; without a name, whether the server is ready.
 
-        It is once every model in the folder is served (else a rollout would go on with a model less), and stays so
-        while any model is (else one bad bundle would take the good ones out of service).
+        It is once every model in the folder is served, or unloaded by request (else a rollout would go on with a model
+        less), and stays so while any model is served (else one bad bundle would take the good ones out of service).
         """
         if name is None and not self._was_ready:
             return False
@@ -375,6 +375,7 @@ class Models:
             raise self._not_found(name, version)
         self._ask(name, version, served=False)
         await self._stop_serving([(name, v, slot) for v, slot in slots.items() if version in (None, v)])
+        self._note_ready()
 
     async def _close(self) -> None:
         await self._stop_serving(self._all())
@@ -445,7 +446,7 @@ class Models:
             try:
                 await self._replace(name, version, folder, slot)
             except ThoraxrtError as its_own:
-                error = its_own.with_traceback(None)  # which would hold what the engine has of the GPU's memory
+                error = its_own
             except Exception as fault:
                 _log.error("loading %s version %d failed", name, version, exc_info=fault)
                 error = BackendError(f"loading it failed with {type(fault).__name__}: {fault}")
@@ -503,7 +504,7 @@ class Models:
                 self._telemetry.unloaded(name, str(version))
         await asyncio.gather(*retiring)
         for _, _, slot in slots:
-            slot.state, slot.reason, slot.stamp = ModelState.UNAVAILABLE, _UNLOADED, None
+            slot.state, slot.reason = ModelState.UNAVAILABLE, _UNLOADED
 
     async def _retire(self, served: _Served) -> None:
         """Wait for those who use a model that nobody gets any more, within the grace; then close it."""
@@ -514,13 +515,7 @@ class Models:
                     await served.unused.wait()
                 await loaded.scheduler.drain(self._grace_s)
         except TimeoutError:
-            _log.warning(
-                "%s version %d: %d calls were not answered within %g s",
-                loaded.name,
-                loaded.version,
-                served.users,
-                self._grace_s,
-            )
+            _log.warning("%s version %d was still in use after %g s", loaded.name, loaded.version, self._grace_s)
         await _close(loaded)
 
 

@@ -144,6 +144,7 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         async with asyncio.timeout(60):
             await scenario()
+            await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
         gc.collect()  # an exception that nobody took is told of by its future's end
 
     asyncio.run(watched())
@@ -580,6 +581,40 @@ def test_readiness_waits_for_every_model_once(repository: Repository, opened: Op
     run(scenario)
 
 
+def test_a_model_that_was_unloaded_is_not_waited_for(repository: Repository, opened: Opened) -> None:
+    repository.put(1, 0.0, "other")
+    repository.put_files(1, damaged=GRAPH)
+
+    async def scenario() -> None:
+        async with models_of(repository.path) as models:
+            await models.start()
+            assert not models.ready()
+            await models.unload("tiny")
+            assert models.ready()
+
+    run(scenario)
+
+
+def test_a_file_repaired_in_its_place_is_tried_again(repository: Repository, opened: Opened) -> None:
+    sha256 = repository.put(1, 0.0)
+    repository.put(1, 1.0, "other")
+    file = repository.path / "tiny" / "1" / GRAPH
+    good = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(bytes(len(good)))
+
+    async def scenario() -> None:
+        async with models_of(repository.path) as models:
+            await models.start()
+            assert states(models) == {("other", 1): READY, ("tiny", 1): UNAVAILABLE}
+            await asyncio.sleep(0.02)  # else a coarse clock may give both changes one time
+            file.write_bytes(good)
+            await models.refresh()
+            assert served(models, "tiny") == sha256
+
+    run(scenario)
+
+
 # Unloading
 
 
@@ -609,6 +644,23 @@ def test_what_is_unloaded_answers_those_who_use_it(repository: Repository, opene
             assert states(models) == {("tiny", 1): UNAVAILABLE}, "a request outlasts the policy"
             await models.load("tiny")
             assert models.ready("tiny", 1)
+
+    run(scenario)
+
+
+def test_the_queue_is_answered_although_its_leases_have_ended(
+    repository: Repository, opened: Opened, radiograph: Any
+) -> None:
+    repository.put(1, 0.0)
+
+    async def scenario() -> None:
+        async with models_of(repository.path) as models:
+            await models.start()
+            with models.lease() as loaded:
+                waiting = [asyncio.create_task(answer(loaded, radiograph(seed))) for seed in range(12)]
+                await asyncio.sleep(0)  # each has been admitted
+            await models.unload("tiny")
+            assert all(isinstance(prediction, Prediction) for prediction in await asyncio.gather(*waiting))
 
     run(scenario)
 
@@ -765,6 +817,7 @@ def test_polling_finds_what_is_new_and_outlives_a_folder_that_cannot_be_read(
             elsewhere = repository.path.with_name("elsewhere")
             repository.path.rename(elsewhere)
             await until(lambda: "were not refreshed" in caplog.text)
+            await asyncio.sleep(0.05)  # some more looks, which say nothing new
             elsewhere.rename(repository.path)
             newer = repository.put(2, 2.0)
             await until(lambda: served(models) == newer)
