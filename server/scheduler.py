@@ -14,7 +14,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Collection, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -174,8 +174,6 @@ class Scheduler:
             with self._changed:
                 self._policy.drop(job)
             self._check_empty()
-            # Where the answer came just before, asyncio would complain that nobody took its exception.
-            _ = item.answer.cancelled() or item.answer.exception()
             raise
 
     def release(self, ticket: Ticket[_Item]) -> None:
@@ -284,7 +282,7 @@ class Scheduler:
             job.item.picture = decoding.result()
         except ThoraxrtError as its_own:
             error = its_own
-        except (Exception, CancelledError) as fault:
+        except Exception as fault:
             error = _logged("the decoder", fault)
         with self._changed:
             wanted = not job.dropped

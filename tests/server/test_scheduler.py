@@ -446,6 +446,54 @@ def test_one_of_a_batch_that_is_cancelled_takes_nobody_with_it(gated_engine, gat
     run(scenario)
 
 
+def test_each_deadline_is_kept_while_the_network_holds_everything(gated_engine, gate, radiograph):
+    async def scenario() -> None:
+        async with scheduling(gated_engine) as scheduler:
+            gate.shut()
+            tasks = [
+                asyncio.create_task(answer(scheduler, radiograph(0), deadline_s=deadline_s))
+                for deadline_s in (60.0, 0.2, 0.05, 0.1)
+            ]
+            for task in (tasks[2], tasks[3], tasks[1]):
+                with pytest.raises(DeadlineError):
+                    await asyncio.wait_for(task, 20)
+            gate.open()
+            await tasks[0]
+
+    run(scenario)
+
+
+def test_an_error_that_comes_just_before_its_request_is_cancelled_is_nobodys(engine, radiograph):
+    async def scenario() -> None:
+        with HeldDecoder() as decoder:
+            async with scheduling(engine, decoder=decoder) as scheduler:
+                task = asyncio.create_task(answer(scheduler, radiograph(0)))
+                await until(lambda: bool(decoder.held))
+                decoder.held.pop()[0].set_exception(ImageFormatError("no image"))
+                asyncio.get_running_loop().call_soon(task.cancel)  # after the error's delivery, before the task wakes
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+    run(scenario)
+
+
+def test_draining_waits_for_what_the_decoder_still_holds(engine, radiograph):
+    async def scenario() -> None:
+        with HeldDecoder() as decoder:
+            async with scheduling(engine, decoder=decoder) as scheduler:
+                task = asyncio.create_task(scheduler.predict(scheduler.admit(None, ROUTINE, "a"), radiograph(0)))
+                await until(lambda: bool(decoder.held))
+                draining = asyncio.create_task(scheduler.drain(1000))
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert not draining.done()
+                decoder.give()
+                await asyncio.wait_for(draining, 20)
+
+    run(scenario)
+
+
 def test_a_body_that_comes_after_the_deadline_is_too_late(engine, radiograph):
     async def scenario() -> None:
         async with scheduling(engine, max_images=1, max_per_client=1) as scheduler:
