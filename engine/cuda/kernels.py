@@ -295,7 +295,7 @@ def boxes_launch(
     return Launch(
         kernel="boxes",
         grid=(findings, images, 1),
-        block=(min(-(-size // 32) * 32, 1024), 1, 1),
+        block=(min(max(-(-size // 32) * 32, _SLOTS), 1024), 1, 1),  # a thread for each column, and each region
         shared_bytes=fixed + 16 * runs,
         scalars=(
             *(np.uint32(value) for value in (height, width, size, runs, capacity)),

@@ -375,6 +375,15 @@ def test_on_a_huge_input_large_regions_are_left_to_the_cpu(kernels: Any) -> None
     assert regions_from_results(results) == expected(unflagged(cams, results["flags"]), 4096, [0.5, 0.5])
 
 
+def test_a_small_input_may_have_more_regions_than_columns(kernels: Any) -> None:
+    dots = np.zeros((1, 1, 16, 16), np.float32)
+    dots[0, 0, ::2, ::2] = 1  # 64 of one pixel
+    results = found(kernels, dots, 16, [0.9])
+    assert not results["flags"].any()
+    assert len(regions_from_results(results)[0]) == 64
+    assert regions_from_results(results) == expected(dots, 16, [0.9])
+
+
 def test_small_regions_take_no_room(kernels: Any) -> None:
     dots = np.zeros((1, 1, 40, 40), np.float32)
     dots[0, 0, :16:2, ::2] = 1  # 160 of one pixel
