@@ -6,14 +6,14 @@ Owns the grpc.aio server. Knows nothing of what the calls do.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
+import math
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import grpc
@@ -22,12 +22,16 @@ from grpc_reflection.v1alpha import reflection
 
 from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.errors import ModelNotFoundError, RequestError, ServerError, ThoraxrtError
+from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.calls import Calls
+from thoraxrt.server.certificates import server_credentials
 from thoraxrt.server.health import Health
-from thoraxrt.server.models import Loaded
+from thoraxrt.server.models import Loaded, ModelState, ModelStatus
+from thoraxrt.server.oip import OIP_SERVICE_NAME, OpenInferenceService, Repository
 from thoraxrt.server.scheduler import Scheduler
-from thoraxrt.server.service import SERVICE_NAME, Lender, PredictionService
+from thoraxrt.server.security import AccessInterceptor, Authenticator, SecurityOptions, check_exposure
+from thoraxrt.server.service import SERVICE_NAME, PredictionService
 from thoraxrt.server.telemetry import NullTelemetry
 from thoraxrt.server.wire import MAX_MESSAGE_BYTES
 
@@ -36,7 +40,7 @@ __all__ = ["HOST", "PORT", "OneModel", "ServeOptions", "ServedModels", "listenin
 HOST: Final = "127.0.0.1"
 PORT: Final = 8500
 
-_AHEAD_BYTES: Final = 64 * 1024
+_AHEAD_BYTES: Final = 256 * 1024
 """What is taken of a call's body before the call has been admitted; see grpc's flow control."""
 
 _CALLS_PER_CONNECTION: Final = 1024
@@ -46,42 +50,39 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """What a server listens on, and what it asks of those who call.
+    """What a server listens on, and whom it answers.
 
-    Without `credentials` nothing is encrypted, which beyond loopback needs `insecure` to say so. `interceptors` see
-    every call before its body is read (authentication); `on_hangup` is called at SIGHUP, in a thread (certificates and
-    tokens that are read again). A message has at most `max_message_bytes`, also once it is decompressed: gzip is taken.
-    Calls in flight have `grace_s` seconds to finish once the server stops.
+    Beyond loopback `security` must encrypt and authenticate, unless `insecure` says that it need not. A message has at
+    most `max_message_bytes`, also once it is decompressed: gzip is taken. Calls in flight have `grace_s` seconds to
+    finish once the server stops.
 
     Raises ValueError where a value makes no sense. Example: `ServeOptions(port=0, grace_s=5.0)`.
     """
 
     host: str = HOST
     port: int = PORT
-    credentials: grpc.ServerCredentials | None = None
+    security: SecurityOptions = field(default_factory=SecurityOptions)
     insecure: bool = False
-    interceptors: tuple[grpc.aio.ServerInterceptor, ...] = ()
-    on_hangup: tuple[Callable[[], None], ...] = ()
     max_message_bytes: int = MAX_MESSAGE_BYTES
     grace_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"ServeOptions port is {self.port}; expected 0 to 65535")
-        if self.max_message_bytes < 1:
-            raise ValueError(f"ServeOptions max_message_bytes is {self.max_message_bytes}; expected at least 1")
-        if not 0 <= self.grace_s < 86400:
-            raise ValueError(f"ServeOptions grace_s is {self.grace_s}; expected 0 to 86400 seconds")
+        if not 0 < self.max_message_bytes < 2**31:
+            raise ValueError(f"ServeOptions max_message_bytes is {self.max_message_bytes}; expected 1 to {2**31 - 1}")
+        if not 0 <= self.grace_s < math.inf:
+            raise ValueError(f"ServeOptions grace_s is {self.grace_s}; expected 0 or more seconds")
 
 
-class ServedModels(Lender, Protocol):
+class ServedModels(Repository, Protocol):
     """What a server answers with, from `start` to `close`: see `thoraxrt.server.models.Models`."""
 
     async def start(self) -> None:
         """Warm up what answers from now on."""
 
-    def ready(self) -> bool:
-        """Whether requests can be answered."""
+    async def refresh(self) -> None:
+        """Look again at what is to be served."""
 
     async def close(self) -> None:
         """Answer what has been admitted, and give back what `start` took."""
@@ -105,18 +106,44 @@ class OneModel:
     @contextmanager
     def lease(self, name: str | None = None, version: int | None = None) -> Iterator[Loaded]:
         """See Models."""
-        if name not in (None, self._loaded.name) or version not in (None, self._loaded.version):
+        if not self._is(name, version):
             raise ModelNotFoundError(f"no such model or version; this server has {self._loaded.name}, version 1")
         yield self._loaded
+
+    def _is(self, name: str | None, version: int | None) -> bool:
+        return name in (None, self._loaded.name) and version in (None, self._loaded.version)
 
     async def start(self) -> None:
         """See Models. Raises BackendError where the network fails."""
         await self._loaded.scheduler.warm_up()
         self._warm = True
 
-    def ready(self) -> bool:
+    def ready(self, name: str | None = None, version: int | None = None) -> bool:
         """See Models."""
-        return self._warm
+        return self._warm and self._is(name, version)
+
+    def index(self) -> list[ModelStatus]:
+        """See Models."""
+        return [
+            ModelStatus(
+                name=self._loaded.name,
+                version=self._loaded.version,
+                state=ModelState.READY if self._warm else ModelState.UNAVAILABLE,
+                reason="",
+                sha256=self._loaded.bundle.sha256,
+                backend=self._loaded.engine.backend,
+                precision=self._loaded.engine.precision,
+            )
+        ]
+
+    async def load(self, name: str, version: int | None = None) -> None:
+        """Raises RequestError: there is no other."""
+        raise RequestError("this server has one model, which stays; serve a repository to load and unload")
+
+    unload = load
+
+    async def refresh(self) -> None:
+        """See Models. It stays as it is."""
 
     async def close(self) -> None:
         """See Models."""
@@ -128,20 +155,23 @@ def serve(
     models: ServedModels,
     options: ServeOptions = _DEFAULTS,
     telemetry: NullTelemetry = _SILENT,
+    audit: AuditLog | None = None,
     *,
     announce: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then finish what is in flight and close the models.
 
-    A second signal ends the process at once. `announce` gets one line once the models are warm, with the port that
+    Each image's answer stands in `audit` before it is sent; telemetry and audit log stay their owner's.
+    A second signal ends the process at once. SIGHUP has the models looked at again; certificates and tokens are, all
+    the time. `announce` gets one line once the models are warm, with the port that
     was bound; by default it is printed. For the main thread, because signals arrive there. Raises ServerError where a
-    port cannot be bound, RequestError where it would be open to others without encryption, and what a model's
-    start raises.
+    port cannot be bound, RequestError where strangers could reach it, ConfigError for certificates or tokens that
+    cannot be used, and what a model's start raises.
     """
 
     async def run() -> None:
-        signalled = _signalled(options.on_hangup)
-        async with listening(models, options, telemetry) as bound:
+        signalled = _signalled(models)
+        async with listening(models, options, telemetry, audit) as bound:
             line = f"serving {SERVICE_NAME} on {_address(options.host, bound)}"
             print(line, flush=True) if announce is None else announce(line)
             await signalled.wait()
@@ -151,7 +181,10 @@ def serve(
 
 @contextmanager
 def running_server(
-    models: ServedModels | Engine, options: ServeOptions = _ANY_PORT, telemetry: NullTelemetry = _SILENT
+    models: ServedModels | Engine,
+    options: ServeOptions = _ANY_PORT,
+    telemetry: NullTelemetry = _SILENT,
+    audit: AuditLog | None = None,
 ) -> Iterator[int]:
     """Serve from a thread while the block runs; gives the port. An engine stays its owner's.
 
@@ -170,7 +203,7 @@ def running_server(
         def end() -> None:
             loop.call_soon_threadsafe(ended.set)
 
-        async with listening(served, options, telemetry) as bound:
+        async with listening(served, options, telemetry, audit) as bound:
             started.set_result((bound, end))
             await ended.wait()
 
@@ -190,7 +223,10 @@ def running_server(
 
 @asynccontextmanager
 async def listening(
-    models: ServedModels, options: ServeOptions = _DEFAULTS, telemetry: NullTelemetry = _SILENT
+    models: ServedModels,
+    options: ServeOptions = _DEFAULTS,
+    telemetry: NullTelemetry = _SILENT,
+    audit: AuditLog | None = None,
 ) -> AsyncIterator[int]:
     """Serve on this event loop while the block runs; gives the port, which the system chooses for 0.
 
@@ -198,25 +234,27 @@ async def listening(
     block's end. What is in flight then has `grace_s` seconds to finish, and the models are closed. Raises as `serve`
     does.
     """
-    _check_exposure(options)
-    server = grpc.aio.server(interceptors=[Calls(telemetry), *options.interceptors], options=_channel_options(options))
-    services = [PredictionService(models, telemetry)]
-    names = [SERVICE_NAME]
+    security = options.security
+    check_exposure(options.host, bool(security.tls), options.insecure, authenticates=security.authenticates)
+    authenticator = Authenticator(security)
+    server = grpc.aio.server(
+        interceptors=[Calls(telemetry), AccessInterceptor(authenticator, security)], options=_channel_options(options)
+    )
+    service, names = PredictionService(models, telemetry, audit), (SERVICE_NAME, OIP_SERVICE_NAME)
     state = Health(names, models.ready)
-    for service in services:
-        service.add_to(server)
+    service.add_to(server)
+    OpenInferenceService(models, telemetry).add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     async with AsyncExitStack() as closing:  # in the reverse order
         closing.push_async_callback(models.close)
-        for service in services:
-            closing.push_async_callback(service.close)
+        closing.push_async_callback(service.close)
         bound = _bind(server, options)
         await server.start()
         closing.push_async_callback(server.stop, options.grace_s)
-        for service in services:
-            closing.callback(service.stop)
+        closing.callback(service.stop)
         closing.callback(state.stop)
+        await authenticator.start()
         await models.start()
         yield bound
 
@@ -238,23 +276,12 @@ def _channel_options(options: ServeOptions) -> list[tuple[str, int]]:
     ]
 
 
-def _check_exposure(options: ServeOptions) -> None:
-    if options.credentials is None and not _is_loopback(options.host):
-        address = _address(options.host, options.port)
-        if not options.insecure:
-            raise RequestError(
-                f"{address} is reachable from other machines, and images would come unencrypted; expected a "
-                "certificate and its key, or a loopback address, or --insecure where something else protects it"
-            )
-        _log.warning("%s is reachable from other machines, without encryption", address)
-
-
 def _bind(server: grpc.aio.Server, options: ServeOptions) -> int:
     address = _address(options.host, options.port)
     try:
         _probe(options.host, options.port)
-        if options.credentials:
-            return server.add_secure_port(address, options.credentials)
+        if options.security.tls:
+            return server.add_secure_port(address, server_credentials(options.security.tls))
         return server.add_insecure_port(address)
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the port has just been taken"
@@ -275,15 +302,8 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _signalled(on_hangup: Sequence[Callable[[], None]]) -> asyncio.Event:
-    """Set at the first SIGINT or SIGTERM; the second one does what it does by default. SIGHUP calls `on_hangup`."""
+def _signalled(models: ServedModels) -> asyncio.Event:
+    """Set at the first SIGINT or SIGTERM; the second one does what it does by default. SIGHUP refreshes the models."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
 
@@ -294,13 +314,19 @@ def _signalled(on_hangup: Sequence[Callable[[], None]]) -> asyncio.Event:
 
     for number in numbers:
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, _reload, on_hangup))
+    refreshing: set[asyncio.Task[None]] = set()
+
+    def refresh() -> None:
+        task = loop.create_task(_refreshed(models))
+        refreshing.add(task)  # else nothing holds it
+        task.add_done_callback(refreshing.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, refresh)
     return event
 
 
-def _reload(on_hangup: Sequence[Callable[[], None]]) -> None:
-    for read in on_hangup:
-        try:
-            read()
-        except ThoraxrtError as error:
-            _log.error("SIGHUP: what was in use before stays so: %s", error)
+async def _refreshed(models: ServedModels) -> None:
+    try:
+        await models.refresh()
+    except ThoraxrtError as error:
+        _log.error("what was served before SIGHUP still is: %s", error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from thoraxrt.engine.errors import DeadlineError, OverloadedError, RequestError,
 from thoraxrt.engine.overlay import render_overlay
 from thoraxrt.engine.preprocess import PreprocessSpec
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
+from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import Priority, Ticket
 from thoraxrt.server.calls import status_from_exception
 from thoraxrt.server.models import Loaded
@@ -44,7 +45,7 @@ from thoraxrt.server.wire import (
     options_from_message,
 )
 
-__all__ = ["SERVICE_NAME", "STREAM_IMAGES", "STUDY_IMAGES", "Lender", "PredictionService"]
+__all__ = ["SERVICE_NAME", "STREAM_IMAGES", "STUDY_IMAGES", "Lender", "PredictionService", "audited", "client_of"]
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PredictionService"].full_name
 
@@ -100,13 +101,15 @@ class _Call:
     priority: Priority
     order: _Order
     client: str
-    time_remaining: Callable[[], float | None]
+    peer: str
+    deadline: float | None
+    """By `time.monotonic`: gRPC would tell the time that remains by the wall clock, which may be set meanwhile."""
 
     @classmethod
     def of(cls, method: str, context: _Context) -> _Call:
         """Raises RequestError for metadata that means nothing."""
         said = {key: str(value) for key, value in context.invocation_metadata() or ()}
-        version, principal = said.get(VERSION_KEY), current_principal.get()
+        version = said.get(VERSION_KEY)
         if version is not None and not (version.isascii() and version.isdecimal() and len(version) < 19):
             raise RequestError(f"{VERSION_KEY} is {version[:40]!r}; expected a whole number")
         return cls(
@@ -115,10 +118,14 @@ class _Call:
             version=None if version is None else int(version),
             priority=_word(said, PRIORITY_KEY, Priority.ROUTINE),
             order=_word(said, ORDER_KEY, _Order.REQUEST),
-            # Callers that nobody knows are told apart by their machine: ipv4:192.0.2.1:50000.
-            client=context.peer().rpartition(":")[0] if principal is ANONYMOUS else principal.name,
-            time_remaining=context.time_remaining,
+            client=client_of(context),
+            peer=context.peer(),
+            deadline=None if (remaining := context.time_remaining()) is None else time.monotonic() + remaining,
         )
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the call's deadline, where it has one."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
 
 
 def _word(said: dict[str, str], key: str, default: _Word) -> _Word:
@@ -128,6 +135,33 @@ def _word(said: dict[str, str], key: str, default: _Word) -> _Word:
     return words[value]
 
 
+def client_of(context: _Context) -> str:
+    """Whose share of the queue a call takes: those that nobody knows are told apart by their machine."""
+    principal = current_principal.get()
+    return principal.name if principal is not ANONYMOUS else context.peer().rpartition(":")[0]  # ipv4:192.0.2.1:50000
+
+
+async def audited(
+    audit: AuditLog | None, method: str, peer: str, loaded: Loaded, image: bytes, predicting: Awaitable[Prediction]
+) -> Prediction:
+    """The prediction for an image, or its error, once that stands in the audit log, where there is one."""
+    if audit is None:
+        del image  # what it takes is the scheduler's to bound
+        return await predicting
+    hashing = audit.hashed(image)
+    del image
+    record = partial(audit.record, method, model_sha256=loaded.bundle.sha256, peer=peer)
+    try:
+        prediction = await predicting
+    except Exception as error:
+        digest = await asyncio.wrap_future(hashing)
+        await record(type(error).__name__, input_sha256=digest)
+        raise
+    digest = await asyncio.wrap_future(hashing)
+    await record(prediction, input_sha256=digest)
+    return prediction
+
+
 class PredictionService:
     """The calls of `thoraxrt.v1.PredictionService`; the models stay their owner's.
 
@@ -135,9 +169,10 @@ class PredictionService:
     answered. `close` waits for the drawing to end.
     """
 
-    def __init__(self, models: Lender, telemetry: NullTelemetry) -> None:
+    def __init__(self, models: Lender, telemetry: NullTelemetry, audit: AuditLog | None = None) -> None:
         self._models = models
         self._telemetry = telemetry
+        self._audit = audit
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="drawing")
         self._streams: set[_Stream] = set()
 
@@ -160,10 +195,10 @@ class PredictionService:
     async def Predict(self, requests: AsyncIterator[pb.PredictRequest], context: _Context) -> bytes:  # noqa: N802
         """See the proto."""
         call = _Call.of("Predict", context)
-        with self._leased(call) as loaded, _admitted(call, loaded) as ticket:
+        with self._leased(call) as loaded, self._admitted(call, loaded) as ticket:
             request = await self._only(requests, loaded, ticket)
-            answering = self._reply(loaded, ticket, request.image, options_from_message(request.options))
-            del request  # what it takes is the scheduler's to bound
+            answering = self._reply(call, loaded, ticket, request.image, options_from_message(request.options))
+            del request
             return self._written(loaded, message_from_reply(await answering))
 
     async def PredictStudy(  # noqa: N802
@@ -171,14 +206,14 @@ class PredictionService:
     ) -> bytes:
         """See the proto. The images beyond the first are admitted once they have been counted."""
         call = _Call.of("PredictStudy", context)
-        with self._leased(call) as loaded, _admitted(call, loaded) as first:
+        with self._leased(call) as loaded, self._admitted(call, loaded) as first:
             request = await self._only(requests, loaded, first)
             if not 1 <= (count := len(request.images)) <= STUDY_IMAGES:
                 raise RequestError(f"the study has {count} images; expected 1 to {STUDY_IMAGES}")
             options = options_from_message(request.options)
             loaded.engine.check_findings(options.boxes_for)
             names = [image.id for image in request.images]
-            with _admitted(call, loaded, images=count - 1) if count > 1 else nullcontext(first) as others:
+            with self._admitted(call, loaded, images=count - 1) if count > 1 else nullcontext(first) as others:
                 tickets = [first] + [others] * (count - 1)
                 answering = [
                     self._answer(call, loaded, ticket, image.image, options)
@@ -223,6 +258,17 @@ class PredictionService:
     def _leased(self, call: _Call) -> AbstractContextManager[Loaded]:
         return self._models.lease(call.model, call.version)
 
+    @contextmanager
+    def _admitted(self, call: _Call, loaded: Loaded, images: int = 1) -> Iterator[Ticket[Any]]:
+        """Room for so many images, given back with the block's end."""
+        if self._audit:
+            self._audit.check()
+        ticket = loaded.scheduler.admit(call.time_remaining(), call.priority, call.client, images)
+        try:
+            yield ticket
+        finally:
+            loaded.scheduler.release(ticket)
+
     async def _only(self, requests: AsyncIterator[_Message], loaded: Loaded, ticket: Ticket[Any]) -> _Message:
         """The one message of a call, which is read now; by the ticket's deadline, so that nobody keeps its room."""
         began = time.perf_counter()
@@ -237,12 +283,13 @@ class PredictionService:
         self._telemetry.stage(loaded.name, "read", time.perf_counter() - began)
         return message
 
-    async def _reply(self, loaded: Loaded, ticket: Ticket[Any], image: bytes, options: Options) -> Reply:
+    async def _reply(self, call: _Call, loaded: Loaded, ticket: Ticket[Any], image: bytes, options: Options) -> Reply:
         """One image's reply."""
-        answering = loaded.scheduler.predict(
+        predicting = loaded.scheduler.predict(
             ticket, image, findings=options.boxes_for, cam=options.cam or options.overlay
         )
-        del image
+        answering = audited(self._audit, call.method, call.peer, loaded, image, predicting)
+        del image, predicting
         prediction = await answering
         overlay = await self._drawn(loaded, prediction, options) if options.overlay else None
         kept = msgspec.structs.replace(prediction, radiograph=None, cam=prediction.cam if options.cam else None)
@@ -252,7 +299,7 @@ class PredictionService:
         self, call: _Call, loaded: Loaded, ticket: Ticket[Any], image: bytes, options: Options
     ) -> Reply | Status:
         """The same for one image among several, which share the call: an error is its answer."""
-        answering = self._reply(loaded, ticket, image, options)
+        answering = self._reply(call, loaded, ticket, image, options)
         del image
         try:
             return await answering
@@ -342,13 +389,12 @@ class _Stream:
 
     async def _admitted(self, opened: ExitStack) -> tuple[Loaded, Ticket[Any]] | Status:
         """The model and the ticket for one image, which are `opened`'s; a Status where there is no room for too long."""
-        remaining = self._call.time_remaining()
-        until = time.monotonic() + (_PATIENCE_S if remaining is None else remaining)
+        until = self._call.deadline or time.monotonic() + _PATIENCE_S
         while True:
             with ExitStack() as trying:  # so that waiting holds up no reload
                 loaded = trying.enter_context(self._service._leased(self._call))
                 try:
-                    ticket = trying.enter_context(_admitted(self._call, loaded))
+                    ticket = trying.enter_context(self._service._admitted(self._call, loaded))
                 except OverloadedError as error:
                     wait_s = min(max(error.retry_after_s, _SHORTEST_WAIT_S), _LONGEST_WAIT_S)
                     if time.monotonic() + wait_s > until:
@@ -385,16 +431,6 @@ class _Stream:
             await self._write(data)
         if not isinstance(admitted, Status):
             self._service._telemetry.stage(admitted[0].name, "write", time.perf_counter() - began)
-
-
-@contextmanager
-def _admitted(call: _Call, loaded: Loaded, images: int = 1) -> Iterator[Ticket[Any]]:
-    """Room for so many images, given back with the block's end."""
-    ticket = loaded.scheduler.admit(call.time_remaining(), call.priority, call.client, images)
-    try:
-        yield ticket
-    finally:
-        loaded.scheduler.release(ticket)
 
 
 def _handler(make: Any, method: Any, message: Any) -> Any:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import json
 import logging
+import os
 import socket
 import struct
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -15,6 +21,7 @@ import pytest
 from PIL import Image
 
 from thoraxrt.engine.errors import (
+    AuditError,
     BackendError,
     DeadlineError,
     ImageContentError,
@@ -25,9 +32,12 @@ from thoraxrt.engine.errors import (
     ThoraxrtError,
 )
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
+from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
+from thoraxrt.server.audit import AuditLog, AuditOptions
+from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.client import Client
-from thoraxrt.server.serve import ServeOptions, running_server
-from thoraxrt.server.status import ERROR_KEY
+from thoraxrt.server.serve import OneModel, ServeOptions, running_server
+from thoraxrt.server.status import ERROR_KEY, PUSHBACK_KEY
 
 PREDICT = "/thoraxrt.v1.PredictionService/Predict"
 
@@ -230,3 +240,191 @@ def test_another_service_at_the_address_is_said_so():
             client.predict(b"")
     finally:
         server.stop(None).wait()
+
+
+# Before the body
+
+
+class Counting:
+    """A TCP relay to a server that counts the bytes that come from the client."""
+
+    def __init__(self, port: int) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._to = port
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self.bytes = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                server = socket.create_connection(("127.0.0.1", self._to))
+                threading.Thread(target=self._relay, args=(client, server, True), daemon=True).start()
+                threading.Thread(target=self._relay, args=(server, client, False), daemon=True).start()
+
+    def _relay(self, source: socket.socket, sink: socket.socket, counts: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self.bytes += len(data) * counts
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._server.close()
+
+
+@pytest.mark.parametrize("method", ["Predict", "PredictStudy"])
+def test_an_overloaded_server_refuses_without_reading_the_body(gated_engine, gate, radiograph, told, method):
+    request = pb.PredictRequest(image=radiograph(0)).SerializeToString()
+    body = bytes(30_000_000)
+    model = OneModel(gated_engine, batching=BatchingOptions(max_images=1, max_per_client=1))
+    with (
+        running_server(model, telemetry=told) as port,
+        contextlib.closing(Counting(port)) as relay,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+        grpc.insecure_channel(relay.address) as far,
+    ):
+        gate.shut()
+        running = channel.unary_unary(PREDICT).future(request, timeout=20)
+        assert gate.entered.acquire(timeout=20)
+        with pytest.raises(grpc.RpcError) as caught:
+            far.unary_unary(f"/thoraxrt.v1.PredictionService/{method}")(body, timeout=20)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        metadata = dict(caught.value.trailing_metadata())
+        assert metadata[ERROR_KEY] == "OverloadedError"
+        assert int(metadata[PUSHBACK_KEY]) >= 1
+        assert relay.bytes < 600_000
+        gate.open()
+        assert running.result()
+        with pytest.raises(grpc.RpcError) as caught:  # where there is room, it is read
+            far.unary_unary(PREDICT)(body, timeout=20)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert relay.bytes > len(body)
+
+
+@pytest.mark.parametrize(("messages", "words"), [([], "no message"), ([b"", b""], "several messages")])
+def test_a_unary_call_brings_one_message(channel, client, radiograph, messages, words):
+    for method in ("Predict", "PredictStudy"):
+        call = channel.stream_unary(f"/thoraxrt.v1.PredictionService/{method}")
+        with pytest.raises(grpc.RpcError, match=f"the call brought {words}; expected one") as caught:
+            call(iter(messages), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert client.predict(radiograph(0)).prediction.width == 97
+
+
+def test_a_body_that_does_not_come_loses_its_room_at_the_servers_deadline(engine, radiograph):
+    options = BatchingOptions(max_images=1, max_per_client=1, default_deadline_s=0.3)
+    ended = threading.Event()
+
+    def nothing():
+        ended.wait(20)
+        yield from ()
+
+    with (
+        running_server(OneModel(engine, batching=options)) as port,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        call = channel.stream_unary(PREDICT).future(nothing())  # without a deadline of its own
+        assert call.exception(timeout=20).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        ended.set()
+        with Client(f"127.0.0.1:{port}") as client:
+            assert client.predict(radiograph(0)).prediction.width == 97
+
+
+def test_gzip_is_taken_and_a_message_that_unfolds_beyond_the_limit_is_not(engine, radiograph, caplog):
+    with (
+        running_server(engine, ServeOptions(port=0, max_message_bytes=100_000)) as port,
+        grpc.insecure_channel(f"127.0.0.1:{port}", compression=grpc.Compression.Gzip) as channel,
+    ):
+        call = channel.unary_unary(PREDICT)
+        request = pb.PredictRequest(image=radiograph(0)).SerializeToString()
+        assert pb.PredictResponse.FromString(call(request, timeout=20)).prediction.width == 97
+        with pytest.raises(grpc.RpcError) as caught:
+            call(bytes(50_000_000), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert call(request, timeout=20)
+    assert caplog.text == ""
+
+
+def test_a_clients_deadline_is_what_its_image_has(gated_engine, gate, radiograph, told):
+    with running_server(gated_engine, telemetry=told) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        gate.shut()
+        call = channel.unary_unary(PREDICT)
+        request = pb.PredictRequest(image=radiograph(0)).SerializeToString()
+        running = call.future(request, timeout=20)
+        assert gate.entered.acquire(timeout=20)
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request, timeout=0.2)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        told.wait_for("refused", "expired")
+        gate.open()
+        assert running.result()
+        assert gate.runs == 1
+
+
+def test_a_call_is_reported_with_its_method_its_stages_and_its_code(engine, radiograph, told):
+    with running_server(engine, telemetry=told) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_unary(PREDICT)
+        call(pb.PredictRequest(image=radiograph(0), options=pb.PredictOptions(overlay=True)).SerializeToString())
+        told.wait_for("answered", "OK")
+        assert told.heard("begun") == [PREDICT]
+        for stage in ("read", "queue", "decode", "batch_wait", "network", "draw", "write"):
+            told.wait_for("stage", stage)
+        assert told.heard("stage") == []
+        with pytest.raises(grpc.RpcError):
+            call(b"\xff")
+        told.wait_for("answered", "INVALID_ARGUMENT")
+        with pytest.raises(grpc.RpcError):
+            channel.unary_unary("/patient.J/Doe")(b"")
+        assert told.heard("begun") == [PREDICT, PREDICT]
+
+
+def test_each_images_answer_stands_in_the_audit_log_before_it_is_sent(engine, radiograph, tmp_path):
+    path = tmp_path / "audit.jsonl"
+    images = [radiograph(0), b"patient: J. Doe", radiograph(1)]
+    sent = pb.PredictStudyRequest(images=[pb.StudyImage(image=image) for image in images])
+
+    def lines() -> list[dict[str, object]]:
+        return [line for line in map(json.loads, path.read_bytes().splitlines()) if "method" in line]
+
+    with (
+        AuditLog(AuditOptions(path=path)) as audit,
+        running_server(engine, audit=audit) as port,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub = thoraxrt_pb2_grpc.PredictionServiceStub(channel)
+        stub.Predict(pb.PredictRequest(image=images[0]), timeout=20)
+        (line,) = lines()
+        assert (line["method"], line["model"]) == ("Predict", engine.bundle.sha256)
+        assert line["input"] == hashlib.sha256(images[0]).hexdigest()
+        local = engine.predict_one(images[0])
+        assert [found["probability"] for found in line["findings"]] == [f.probability for f in local.findings]
+        stub.PredictStudy(sent, timeout=20)
+        study = {line["input"]: line for line in lines() if line["method"] == "PredictStudy"}
+        assert list(study) != []
+        for image in images:
+            line = study.pop(hashlib.sha256(image).hexdigest())
+            assert (line.get("error") == "ImageFormatError") is (image == images[1])
+        assert study == {}
+        for _ in stub.PredictStream(iter([pb.PredictStreamRequest(image=images[2])]), timeout=20):
+            assert lines()[-1]["method"] == "PredictStream"
+    assert b"Doe" not in path.read_bytes()
+
+
+def test_where_no_answer_can_be_recorded_there_is_none(engine, radiograph, tmp_path, monkeypatch):
+    with (
+        AuditLog(AuditOptions(path=tmp_path / "audit.jsonl")) as audit,
+        running_server(engine, audit=audit) as port,
+        Client(f"127.0.0.1:{port}") as client,
+    ):
+        assert client.predict(radiograph(0)).prediction.width == 97
+
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patched:
+            patched.setattr("thoraxrt.server.audit.os.write", full)
+            for _ in range(2):  # the second one before its image is read
+                with pytest.raises(AuditError, match="there is no answer"):
+                    client.predict(radiograph(0))

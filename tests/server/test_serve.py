@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -18,9 +19,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.errors import BackendError, RequestError, ServerError
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
+from thoraxrt.server.certificates import TlsOptions
 from thoraxrt.server.client import Client
+from thoraxrt.server.oip import OIP_SERVICE_NAME
+from thoraxrt.server.security import SecurityOptions
 from thoraxrt.server.serve import OneModel, ServeOptions, running_server, serve
 from thoraxrt.server.service import SERVICE_NAME
+from thoraxrt.server.tokens import TokenOptions, add_token
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -33,6 +38,13 @@ with Engine.open(sys.argv[1], backend="onnxruntime") as engine:
     serve(OneModel(engine), ServeOptions(port=0))
 print("stopped")
 """
+
+
+REFUSING = """from thoraxrt.engine.errors import BundleError
+    class Refusing(OneModel):
+        async def refresh(self):
+            raise BundleError("a damaged bundle")
+    serve(Refusing"""
 
 
 def health_of(channel: grpc.Channel, service: str) -> int:
@@ -120,6 +132,91 @@ def test_a_stop_finishes_what_is_in_flight_and_takes_no_more(gated_engine, gate,
             late.predict(radiograph(0))
 
 
+def test_those_who_watch_its_health_do_not_hold_a_stop(engine):
+    stack = contextlib.ExitStack()
+    port = stack.enter_context(running_server(engine, ServeOptions(port=0, grace_s=20)))
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [
+            stub.Watch(health_pb2.HealthCheckRequest(service=name), timeout=30) for name in ("", SERVICE_NAME, "other")
+        ]
+        said = [next(watch).status for watch in watches]
+        assert said == [SERVING, SERVING, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN]
+        began = time.monotonic()
+        stack.close()
+        assert time.monotonic() - began < 5
+        for watch in watches[:2]:
+            assert next(watch).status == NOT_SERVING
+        for watch in watches:
+            with pytest.raises(grpc.RpcError) as caught:
+                next(watch)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_health_follows_the_models(engine):
+    class Unloading(OneModel):
+        gone = False
+
+        def ready(self, name: str | None = None, version: int | None = None) -> bool:
+            return super().ready(name, version) and not self.gone
+
+    models = Unloading(engine)
+    with running_server(models) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=OIP_SERVICE_NAME), timeout=30)
+        assert next(watch).status == SERVING
+        models.gone = True
+        assert next(watch).status == NOT_SERVING
+        assert health_of(channel, SERVICE_NAME) == NOT_SERVING
+        models.gone = False
+        assert next(watch).status == SERVING
+
+
+def test_it_encrypts_and_refuses_strangers_before_it_reads(engine, radiograph, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", *subject]
+    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    tokens = tmp_path / "tokens.toml"
+    token = add_token(tokens, "scanner", ("predict",))
+    security = SecurityOptions(
+        tls=TlsOptions(certificate=certificate, private_key=key), tokens=TokenOptions(file=tokens)
+    )
+    trusted = grpc.ssl_channel_credentials(certificate.read_bytes())
+    request = pb.PredictRequest(image=radiograph(0)).SerializeToString()
+    with (
+        running_server(engine, ServeOptions(host="0.0.0.0", port=0, security=security)) as port,
+        grpc.secure_channel(f"localhost:{port}", trusted) as channel,
+    ):
+        call = channel.unary_unary("/thoraxrt.v1.PredictionService/Predict")
+        said = (("authorization", f"Bearer {token}"),)
+        assert pb.PredictResponse.FromString(call(request, timeout=20, metadata=said)).prediction.width == 97
+        assert health_of(channel, "") == SERVING
+        for method, metadata, code in (
+            ("thoraxrt.v1.PredictionService/Predict", (), grpc.StatusCode.UNAUTHENTICATED),
+            ("inference.GRPCInferenceService/RepositoryModelUnload", said, grpc.StatusCode.PERMISSION_DENIED),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary(f"/{method}")(request, timeout=20, metadata=metadata)
+            assert caught.value.code() is code
+
+
+def test_a_hangup_looks_at_the_models_again(tiny_bundle, radiograph):
+    script = SERVE.replace("serve(OneModel", REFUSING)
+    arguments = [sys.executable, "-c", script, str(tiny_bundle.path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            address = process.stdout.readline().split()[3]
+            process.send_signal(signal.SIGHUP)
+            assert process.stderr.readline() == "what was served before SIGHUP still is: a damaged bundle\n"
+            with Client(address) as client:
+                assert client.predict(radiograph(0)).prediction.width == 97
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
 def test_a_stop_waits_no_longer_than_its_grace(gated_engine, gate, radiograph):
     request = pb.PredictRequest(image=radiograph(0))
     stack = contextlib.ExitStack()
@@ -160,7 +257,7 @@ def test_an_address_of_another_machine_is_refused(engine, host):
 def test_it_listens_on_loopback_unless_told_otherwise(engine, caplog):
     assert ServeOptions().host == "127.0.0.1"
     exposed = ServeOptions(host="0.0.0.0", port=0, insecure=True)
-    with pytest.raises(RequestError, match="unencrypted; expected a certificate"):  # noqa: SIM117
+    with pytest.raises(RequestError, match=r"unencrypted; expected tls\.certificate"):  # noqa: SIM117
         with running_server(engine, ServeOptions(host="0.0.0.0", port=0)):
             pytest.fail("it serves")
     with caplog.at_level(logging.WARNING, "thoraxrt"):
@@ -169,7 +266,7 @@ def test_it_listens_on_loopback_unless_told_otherwise(engine, caplog):
         assert caplog.text == ""
         with running_server(engine, exposed) as port, Client(f"127.0.0.1:{port}") as client:
             assert client.model().backend == "onnxruntime"
-        assert "without encryption" in caplog.text
+        assert "travel unencrypted" in caplog.text
 
 
 def test_it_listens_on_ipv6(engine):
