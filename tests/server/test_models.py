@@ -581,6 +581,23 @@ def test_readiness_waits_for_every_model_once(repository: Repository, opened: Op
     run(scenario)
 
 
+def test_who_loads_a_model_is_told_of_its_highest_version(repository: Repository, opened: Opened) -> None:
+    good = repository.put(1, 0.0)
+    repository.put_files(2, damaged=GRAPH)
+    repository.put_files(3, graph=tiny_graph(faulty=True))
+
+    async def scenario() -> None:
+        async with models_of(repository.path) as models:
+            with pytest.raises(BackendError, match="not finite"):
+                await models.load("tiny")
+            with pytest.raises(BundleError, match="bytes, expected at most"):
+                await models.load("tiny", 2)
+            assert served(models) == good
+            await models.load("tiny", 1)
+
+    run(scenario)
+
+
 def test_a_model_that_was_unloaded_is_not_waited_for(repository: Repository, opened: Opened) -> None:
     repository.put(1, 0.0, "other")
     repository.put_files(1, damaged=GRAPH)
