@@ -124,7 +124,7 @@ def _check_key(certificate: x509.Certificate, pem: bytes, options: TlsOptions) -
         ) from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError(
-            f"{options.private_key} holds no private key in PEM: expected -----BEGIN PRIVATE KEY-----"
+            f"{options.private_key} holds no private key in PEM: expected a file as `openssl genpkey` writes it"
         ) from error
     if key.public_key() != certificate.public_key():
         raise ConfigError(

@@ -110,7 +110,7 @@ class Oidc:
             reason = _REASONS.get(type(error), "it is no JWT that the provider signed")
             raise AuthenticationError(f"the token is refused: {reason}") from None  # the cause may quote the token
         name = claims.get(self._options.name_claim)
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or not name.isprintable():
             raise AuthenticationError(f"the token is refused: {_REASONS[jwt.MissingRequiredClaimError]}")
         return Principal(name, self._roles(claims), "oidc")
 
