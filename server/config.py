@@ -11,6 +11,7 @@ import json
 import math
 import os
 import socket
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -23,6 +24,7 @@ from thoraxrt.engine.backends import choose
 from thoraxrt.engine.bundle import MANIFEST, Bundle
 from thoraxrt.engine.decode import DecodeLimits
 from thoraxrt.engine.errors import ConfigError, ThoraxrtError
+from thoraxrt.server.audit import AuditOptions
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.certificates import server_credentials
 from thoraxrt.server.decoding import WorkerLimits
@@ -154,6 +156,7 @@ class Config(BaseModel):
     limits: DecodeLimits = DecodeLimits()
     decoding: DecodingOptions = DecodingOptions()
     security: SecurityOptions = SecurityOptions()
+    audit: AuditOptions | None = None
     metrics: MetricsOptions = MetricsOptions()
     tracing: TracingOptions = TracingOptions()
     logging: LoggingOptions = LoggingOptions()
@@ -334,7 +337,14 @@ def check(config: Config) -> list[Finding]:
     it finds.
     """
     findings: list[Finding] = []
-    for look in (_look_at_models, _look_at_ports, _look_at_security, _look_at_decoding, _look_at_tracing):
+    for look in (
+        _look_at_models,
+        _look_at_ports,
+        _look_at_security,
+        _look_at_audit,
+        _look_at_decoding,
+        _look_at_tracing,
+    ):
         findings += look(config)
     return findings
 
@@ -409,6 +419,19 @@ def _look_at_security(config: Config) -> Iterator[Finding]:
     if server.insecure and not is_loopback(server.host):
         text = f"{server.host} may be reached by others without encryption, or without a password: that is allowed"
         yield Finding(level="warning", about="server.insecure", text=text)
+
+
+def _look_at_audit(config: Config) -> Iterator[Finding]:
+    if audit := config.audit:
+
+        def look() -> str:
+            with tempfile.TemporaryFile(dir=audit.path.parent):  # full files are renamed, and the next one made
+                pass
+            if audit.path.exists():
+                audit.path.open("ab").close()
+            return f"each answer is recorded in {audit.path}"
+
+        yield _tried("audit.path", look)
 
 
 def _look_at_decoding(config: Config) -> Iterator[Finding]:

@@ -63,7 +63,10 @@ _IMAGES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 _SCRAPE_S: Final = 5.0  # a client that says nothing for so long is cut off
 _LINES: Final = 10_000
 
-_TEMPLATES: Final = frozenset({"asyncio", "grpc", "opentelemetry"})
+_SHOWN: Final = frozenset({"thoraxrt", "opentelemetry"})
+"""Packages whose messages quote nothing of an image or a patient: a span has only SPAN_ATTRIBUTES to quote."""
+
+_TEMPLATES: Final = frozenset({"asyncio", "grpc"})
 """Packages that log through templates whose first line is their own words; pydicom's, say, quote the file."""
 
 _CALL_LOG: Final = logging.getLogger("thoraxrt.server.calls")
@@ -443,7 +446,7 @@ def _time(record: logging.LogRecord) -> str:
 def _message(record: logging.LogRecord) -> str:
     """What may be logged of a record: our own words, and others' as far as they are known to quote nothing."""
     package = record.name.partition(".")[0]
-    if package == "thoraxrt":
+    if package in _SHOWN:
         return record.getMessage()
     if package in _TEMPLATES:
         return str(record.msg).partition("\n")[0]  # without its arguments, and the exceptions quoted below it

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,14 @@ def test_a_variable_may_hold_a_list_a_number_or_a_switch(file, monkeypatch):
         ("[server]\nport = 65536", "server.port is 65536; expected 0 to 65535, where 0 takes a free one"),
         ("[server]\ngrace_s = inf", "server.grace_s is inf; expected 0 or more seconds"),
         ("[logging]\nlevel = 'loud'", "logging.level is 'loud'; expected 'debug', 'info', 'warning' or 'error'"),
+        ("[security.tokens]\nfile = 3", "security.tokens.file is 3; expected a path"),
+        ("[security.tokens]\nfil = 'x'\nfile = 'x'", "there is no security.tokens.fil; did you mean file?"),
+        ("security.health = 'all'", "security.health is 'all'; expected 'predict' or 'admin' or 'open'"),
+        (
+            "[security.tls]\ncertificate = 'x'\nprivate_key = 'y'\nclients = {a = ['predict']}",
+            "security.tls.clients is set without client_ca; expected both, else no client shows one",
+        ),
+        ("[audit]\npath = 'x'\nkeep = 0", "audit.keep is 0; expected at least 1"),
         ("server = 3", "server is 3; expected a table of keys"),
         ("[models]\ntrusted = ['a', 3]", "models.trusted is 3; expected a path"),
         ("[batching]\nworkers = 3", "batching.workers is not set here; expected it as decoding.workers"),
@@ -160,7 +169,11 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 KEYS = [
-    f"{section}.{key}" for section, field in Config.model_fields.items() for key in field.annotation.__annotations__
+    f"{section}.{key.name}"
+    for section, field in Config.model_fields.items()
+    for kind in (field.annotation, *typing.get_args(field.annotation))
+    if dataclasses.is_dataclass(kind)
+    for key in dataclasses.fields(kind)
 ]
 
 
@@ -279,6 +292,16 @@ def test_a_certificate_or_a_token_file_that_cannot_be_used_is_an_error(tiny_bund
     assert (finding.level, "holds no private key" in finding.text) == ("error", True)
     finding = checked(tiny_bundle.path, security__tokens__file=tmp_path / "none.toml")["security"]
     assert (finding.level, "none.toml cannot be read" in finding.text) == ("error", True)
+
+
+def test_the_audit_logs_folder_must_be_there_and_writable(tiny_bundle, tmp_path):
+    assert checked(tiny_bundle.path, audit__path=tmp_path / "audit.jsonl")["audit.path"].level == "ok"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "folder").mkdir()
+    for path, said in ((tmp_path / "none" / "a.jsonl", "No such file"), (tmp_path / "folder", "Is a directory")):
+        finding = checked(tiny_bundle.path, audit__path=path)["audit.path"]
+        assert finding.level == "error"
+        assert said in finding.text
 
 
 def test_decoding_in_threads_is_a_warning(tiny_bundle):
