@@ -365,13 +365,14 @@ def logging_to_stderr(level: str = "info", *, as_json: bool = False) -> Iterator
     """Log to stderr while the block runs, from a thread of its own, so that a stalled reader stalls no call.
 
     `level` is debug, info, warning or error. Lines are JSON objects, or plain. At most 10,000 lines wait; those beyond
-    are dropped, and the next line that is written says how many. What other packages have to say is cut to what is
-    known to quote neither an image nor a patient; of an exception, type and place are logged, not its message.
+    are dropped, and the next line that is written says how many. Other packages are heard from warnings on, cut to what
+    is known to quote neither an image nor a patient; of an exception, type and place are logged, not its message.
     """
     root = logging.getLogger()
     before = root.handlers[:], root.level
     writer = _Writer(sys.stderr)
     writer.setFormatter(_JsonFormatter() if as_json else _PlainFormatter())
+    writer.addFilter(lambda record: record.levelno >= logging.WARNING or _package(record) in _SHOWN)
     root.handlers = [writer]
     root.setLevel(level.upper())
     logging.captureWarnings(True)  # they go to a logger, which is another package's
@@ -443,12 +444,15 @@ def _time(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
 
 
+def _package(record: logging.LogRecord) -> str:
+    return record.name.partition(".")[0]
+
+
 def _message(record: logging.LogRecord) -> str:
     """What may be logged of a record: our own words, and others' as far as they are known to quote nothing."""
-    package = record.name.partition(".")[0]
-    if package in _SHOWN:
+    if _package(record) in _SHOWN:
         return record.getMessage()
-    if package in _TEMPLATES:
+    if _package(record) in _TEMPLATES:
         return str(record.msg).partition("\n")[0]  # without its arguments, and the exceptions quoted below it
     return f"not shown, because it may quote an image or a patient (of {record.module}, line {record.lineno})"
 

@@ -246,6 +246,7 @@ def test_plain_lines_are_for_people(telemetry, capsys):
 def test_a_log_quotes_no_patient(capsys, as_json):
     with warnings.catch_warnings(action="always"), logging_to_stderr("debug", as_json=as_json):
         logging.getLogger("pydicom").warning(f"Invalid value for VR PN: '{PATIENT}'")
+        logging.getLogger("pydicom").info("nothing that an operator could read")
         logging.getLogger("asyncio").error(f"Task exception was never retrieved\nfuture: ValueError('{PATIENT}')")
         logging.getLogger("grpc._cython.cygrpc").error("Unexpected %s", PATIENT)
         warnings.warn(f"a value of {PATIENT}", stacklevel=1)
