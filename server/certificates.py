@@ -19,6 +19,8 @@ from typing import Any, Final, NamedTuple
 import grpc
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, SECP384R1, EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from thoraxrt.engine.errors import AuthenticationError, ConfigError
@@ -72,7 +74,7 @@ def server_credentials(options: TlsOptions) -> grpc.ServerCredentials:
     """What `grpc.aio.Server.add_secure_port` takes; the files are looked at again at every connection.
 
     Raises ConfigError for a file that is missing, not PEM, expired or not valid yet, and for a key
-    that is another certificate's. A later replacement with such a fault is logged and not used.
+    that is another certificate's or of a kind that gRPC's clients do not take. A later replacement with such a fault is logged and not used.
     """
     paths = [options.certificate, options.private_key, *([options.client_ca] if options.client_ca else [])]
     watched = Watched(paths, lambda: _configuration(options))
@@ -126,6 +128,11 @@ def _check_key(certificate: x509.Certificate, pem: bytes, options: TlsOptions) -
         raise ConfigError(
             f"{options.private_key} holds no private key in PEM: expected a file as `openssl genpkey` writes it"
         ) from error
+    elliptic = isinstance(key, EllipticCurvePrivateKey) and isinstance(key.curve, SECP256R1 | SECP384R1)
+    if not elliptic and not isinstance(key, RSAPrivateKey):
+        raise ConfigError(
+            f"no gRPC client takes a certificate with a key like {options.private_key}: expected RSA, P-256 or P-384"
+        )
     if key.public_key() != certificate.public_key():
         raise ConfigError(
             f"the private key {options.private_key} is not that of the first certificate in {options.certificate}: "

@@ -25,7 +25,7 @@ import jwt
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
@@ -325,6 +325,14 @@ def test_a_replaced_client_authority_counts_for_new_connections(tmp_path: Path, 
     asyncio.run(check())
 
 
+def unusual_key(folder: Path, authority: Certified) -> None:
+    """Ed25519: gRPC's clients offer no such signature, as tried with grpcio 1.85."""
+    key = ed25519.Ed25519PrivateKey.generate()
+    (folder / "server.key").write_bytes(
+        key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+
+
 def encrypted_key(folder: Path, authority: Certified) -> None:
     key = certify("server", authority).key
     secret = serialization.BestAvailableEncryption(b"secret")
@@ -337,6 +345,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "key not PEM": (lambda folder, _: (folder / "server.key").write_bytes(b"key"), "server.key holds no private key"),
     "other key": (lambda folder, ca: (folder / "server.key").write_bytes(ca.key_pem), "is not that of the first"),
     "encrypted": (encrypted_key, "server.key is encrypted"),
+    "unusual": (unusual_key, "expected RSA, P-256 or P-384"),
     "expired": (lambda folder, ca: certify("server", ca, days=(-2, -1)).write(folder), "'CN=server' expired on"),
     "not yet": (lambda folder, ca: certify("server", ca, days=(1, 2)).write(folder), "is valid from"),
     "authority": (lambda folder, _: (folder / "ca.pem").write_bytes(b""), "ca.pem holds no certificate"),
