@@ -237,9 +237,8 @@ async def listening(
     security = options.security
     check_exposure(options.host, bool(security.tls), options.insecure, authenticates=security.authenticates)
     authenticator = Authenticator(security)
-    server = grpc.aio.server(
-        interceptors=[Calls(telemetry), AccessInterceptor(authenticator, security)], options=_channel_options(options)
-    )
+    access = [AccessInterceptor(authenticator, security)] if security.authenticates else []
+    server = grpc.aio.server(interceptors=[Calls(telemetry), *access], options=_channel_options(options))
     service, names = PredictionService(models, telemetry, audit), (SERVICE_NAME, OIP_SERVICE_NAME)
     state = Health(names, models.ready)
     service.add_to(server)

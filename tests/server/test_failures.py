@@ -347,17 +347,16 @@ def test_gzip_is_taken_and_a_message_that_unfolds_beyond_the_limit_is_not(engine
     assert caplog.text == ""
 
 
-def test_a_clients_deadline_is_what_its_image_has(gated_engine, gate, radiograph, told):
-    with running_server(gated_engine, telemetry=told) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+def test_a_clients_deadline_is_what_its_image_has(gated_engine, gate, radiograph):
+    with running_server(gated_engine) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         gate.shut()
         call = channel.unary_unary(PREDICT)
         request = pb.PredictRequest(image=radiograph(0)).SerializeToString()
         running = call.future(request, timeout=20)
         assert gate.entered.acquire(timeout=20)
         with pytest.raises(grpc.RpcError) as caught:
-            call(request, timeout=0.2)
+            call(request, timeout=1)  # long enough not to be refused for what the first one takes
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        told.wait_for("refused", "expired")
         gate.open()
         assert running.result()
         assert gate.runs == 1
