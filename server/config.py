@@ -270,7 +270,7 @@ class _Layers:
             first, _, rest = message.removeprefix("Value error, ").partition(" ")
             told = rest if first.endswith(("Options", "Limits")) else f"{first} {rest}"
             what, _, expected = f"{source}{key}{'.' if key else ''}{told}".partition("; ")
-            return what, expected
+            return what, expected or "expected values that go together"
         expected = _EXPECTED.get(kind) or message.removeprefix("Input should be ").partition(", unable")[0]
         return f"{source}{key} is {_short(received)}", f"expected {expected}"
 

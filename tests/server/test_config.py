@@ -89,6 +89,10 @@ def test_a_variable_may_hold_a_list_a_number_or_a_switch(file, monkeypatch):
         ("[models]\nlatest = 'two'", "models.latest is 'two'; expected a valid integer or 'all'"),
         ("[models]\nlatest = 0", 'models.latest is 0; expected at least 1, or "all"'),
         ("[limits]\nmax_bytes = 0", "limits.max_bytes is 0; expected at least 1"),
+        (
+            "[limits]\nmin_side = 7072",
+            "limits.min_side 7072 leaves no picture of 50000000 pixels; expected values that go together",
+        ),
         ("[decoding]\nseconds = -1", "decoding.seconds is -1.0; expected a number of seconds above 0"),
         ("[server]\nport = 65536", "server.port is 65536; expected 0 to 65535, where 0 takes a free one"),
         ("[server]\ngrace_s = inf", "server.grace_s is inf; expected 0 or more seconds"),
@@ -264,7 +268,7 @@ def test_metrics_for_everybody_are_a_warning(tiny_bundle):
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")
     files = folder / "server.pem", folder / "server.key"
-    options = ["-newkey", "ed25519", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    options = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
     subprocess.run(
         ["openssl", "req", "-x509", *options, "-out", files[0], "-keyout", files[1]],
         check=True,

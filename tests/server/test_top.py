@@ -136,10 +136,12 @@ def test_a_models_name_is_no_markup():
     assert "[/red]" in rendered(scraped(telemetry, time.time()))
 
 
-def test_once_prints_one_table_and_returns(busy, capsys):
+@pytest.mark.parametrize("once", [True, False])
+def test_once_or_into_a_pipe_it_prints_one_table_and_returns(busy, once):
+    code = "import sys; from thoraxrt.server.top import top; top(sys.argv[1], once=sys.argv[2] == 'True')"
     with MetricsEndpoint(busy, "127.0.0.1", 0) as endpoint:
-        top(f"127.0.0.1:{endpoint.port}", once=True)
-    said = capsys.readouterr().out
+        command = [sys.executable, "-c", code, f"127.0.0.1:{endpoint.port}", str(once)]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     assert "network" in said
     assert "\x1b" not in said
 
