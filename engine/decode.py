@@ -244,7 +244,8 @@ class ThreadDecoder:
         self._limits = limits
         self._keep_stored = keep_stored
         self._profile = profile
-        self._pool = ThreadPoolExecutor(workers or _usable_cpus(), thread_name_prefix="decode")
+        self.workers = workers or _usable_cpus()
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
     def submit(self, data: bytes) -> Future[Radiograph]:
         """Start decoding one file; the future gives what `decode` returns or raises."""

@@ -139,6 +139,11 @@ class Engine:
         return self._executor.precision
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        """The batch sizes that the network runs at, ascending; empty where it runs at any."""
+        return self._executor.buckets
+
+    @property
     def ahead(self) -> int:
         """Batches worth starting before the first one's result is asked for."""
         return self._executor.ahead

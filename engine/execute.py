@@ -136,6 +136,10 @@ class Executor(Protocol):
         """Batches worth submitting before the first one's result is asked for."""
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        """The batch sizes that the network runs at, ascending; empty where it runs at any."""
+
+    @property
     def takes_stored(self) -> bool:
         """Whether 16-bit radiographs are better left as stored, with their table to 8 bits."""
 
@@ -167,6 +171,7 @@ class HostExecutor:
     """Geometry by Pillow, the network in a CPU backend, regions by OpenCV: each batch at once, in the caller's thread."""
 
     ahead = 0
+    buckets = ()
     takes_stored = False
 
     def __init__(self, backend: Backend, manifest: Manifest, profile: Profile | None = None) -> None:
@@ -287,6 +292,11 @@ class Reopening:
         return self._current.ahead
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        """See `Executor`."""
+        return self._current.buckets
+
+    @property
     def takes_stored(self) -> bool:
         """See `Executor`; a decoder made for one device also serves the other."""
         return self._current.takes_stored
@@ -296,7 +306,7 @@ class Reopening:
         if self._lost:
             try:
                 self._replace()
-            except BackendError as error:
+            except ThoraxrtError as error:
                 return _Done([error] * len(pictures))
         pending = self._current.submit(pictures, wanted, cam)
         return _Watched(pending, self, self._current)
@@ -312,7 +322,7 @@ class Reopening:
         try:
             self._current = self._reopen()
             _log.warning("the GPU was lost and has been opened again (%s %s)", self.backend, self.precision)
-        except BackendError as error:
+        except ThoraxrtError as error:  # also of a bundle that has been damaged since
             if self._fall_back is None:
                 raise DeviceError(f"the GPU was lost and cannot be opened again: {error}", lost=True) from error
             self._current = self._fall_back()

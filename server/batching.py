@@ -56,7 +56,8 @@ def _usable_cpus() -> int:
 class BatchingOptions:
     """What bounds one model's queue.
 
-    `max_batch` images go to the network at once. `buckets` are the batch sizes that it runs at, ascending up to
+    `max_batch` images go to the network at once; an engine that has batch sizes of its own (a GPU's plan) goes by
+    those. `buckets` are the batch sizes that it runs at, ascending up to
     `max_batch`, where a batch in between costs what the next larger costs (a GPU); empty where every size has its
     own cost (a CPU). While the engine is busy, a decoded image waits at most `max_delay_s` for a full batch before
     it may be started ahead (only an engine that takes batches ahead makes use of it). At most `max_images` are in

@@ -26,10 +26,11 @@ from thoraxrt.engine.errors import ModelNotFoundError, OverloadedError, RequestE
 from thoraxrt.engine.execute import NetworkInput
 from thoraxrt.proto.oip import open_inference_pb2 as pb
 from thoraxrt.proto.oip import open_inference_pb2_grpc
+from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import Priority
 from thoraxrt.server.calls import status_from_exception
 from thoraxrt.server.models import Loaded, ModelStatus
-from thoraxrt.server.service import Lender
+from thoraxrt.server.service import Lender, audited, client_of
 from thoraxrt.server.telemetry import NullTelemetry, Telemetry
 
 __all__ = ["OIP_SERVICE_NAME", "OpenInferenceService", "Repository"]
@@ -73,9 +74,10 @@ class _Counted:
 class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     """The calls of `inference.GRPCInferenceService`; the models stay their owner's."""
 
-    def __init__(self, models: Repository, telemetry: NullTelemetry) -> None:
+    def __init__(self, models: Repository, telemetry: NullTelemetry, audit: AuditLog | None = None) -> None:
         self._models = models
         self._telemetry = telemetry
+        self._audit = audit
         self._counted: defaultdict[tuple[str, int], _Counted] = defaultdict(_Counted)
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -214,11 +216,22 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
             priority, timeout_s, boxes_for = _parameters(request.parameters)
             loaded.engine.check_findings(boxes_for)
             remaining = [limit for limit in (timeout_s, context.time_remaining()) if limit is not None]
-            client = context.peer().rpartition(":")[0]  # ipv4:192.0.2.1:50000
-            ticket = loaded.scheduler.admit(min(remaining, default=None), priority, client, len(images))
+            if self._audit:
+                self._audit.check()
+            ticket = loaded.scheduler.admit(min(remaining, default=None), priority, client_of(context), len(images))
             try:
                 predictions = await _gathered(
-                    [loaded.scheduler.predict(ticket, image, findings=boxes_for) for image in images]
+                    [
+                        audited(
+                            self._audit,
+                            "ModelInfer",
+                            context.peer(),
+                            loaded,
+                            image if isinstance(image, bytes) else image.array.tobytes(),
+                            loaded.scheduler.predict(ticket, image, findings=boxes_for),
+                        )
+                        for image in images
+                    ]
                 )
             finally:
                 loaded.scheduler.release(ticket)

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -100,6 +101,8 @@ class Scheduler:
         *,
         model: str = "default",
     ) -> None:
+        if engine.buckets:
+            options = replace(options, max_batch=engine.buckets[-1], buckets=tuple(sorted({1, *engine.buckets})))
         self.model = model
         self.options = options
         self._engine = engine

@@ -242,7 +242,7 @@ async def listening(
     service, names = PredictionService(models, telemetry, audit), (SERVICE_NAME, OIP_SERVICE_NAME)
     state = Health(names, models.ready)
     service.add_to(server)
-    OpenInferenceService(models, telemetry).add_to(server)
+    OpenInferenceService(models, telemetry, audit).add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     async with AsyncExitStack() as closing:  # in the reverse order

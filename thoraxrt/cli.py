@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from thoraxrt.engine.plans import Compiled
     from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
     from thoraxrt.engine.profile import Profile
+    from thoraxrt.server.config import Config
 
 __all__ = ["app", "main"]
 
@@ -497,6 +498,25 @@ def predict(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Ask a running server instead of opening a bundle."),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --server: which of its models; else its default one.", show_default=False)
+    ] = None,
+    stat: Annotated[bool, typer.Option("--stat", help="With --server: before all routine images.")] = False,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --server: the token that it knows you by.", show_default=False),
+    ] = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --server: over TLS, where this CA vouches for it.", show_default=False),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --server: over TLS, with this certificate.", show_default=False),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The private key of --tls-cert.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image and line, unrounded.")] = False,
     overlay: Annotated[
         Path | None,
@@ -514,7 +534,8 @@ def predict(
 ) -> None:
     """Findings and boxes for radiographs.
 
-    An image that fails is reported and the others go on; the exit status is then 1.
+    An image that fails is reported and the others go on; the exit status is then 1. Where the connection to a server is
+    lost, it goes on with what has no answer yet once the server is back within 30 seconds.
 
     [bold]thoraxrt predict chexnet.bundle images/*.png --overlay pictures[/]
 
@@ -525,6 +546,11 @@ def predict(
             "--backend, --precision, --device, --profile and --require-signature are of the engine in this process: "
             "leave --server out, or give them to `thoraxrt serve`"
         )
+    if not server and (model or stat or token_file or tls_ca or tls_cert or tls_key):
+        raise RequestError(
+            "--model, --stat, --token-file, --tls-ca, --tls-cert and --tls-key are of the connection to a server: "
+            "add --server, or leave them out"
+        )
     from thoraxrt.engine.profile import Profile
 
     recorded = Profile() if profile else None
@@ -532,7 +558,7 @@ def predict(
     if overlay:
         overlay.mkdir(parents=True, exist_ok=True)
     answers = (
-        _ask_server(server, images, overlay)
+        _ask_server(server, images, overlay, model, stat, token_file, (tls_ca, tls_cert, tls_key))
         if server
         else _ask_engine(
             _open(arguments[0], require_signature),
@@ -606,10 +632,24 @@ def _ask_engine(
             yield answer
 
 
-def _ask_server(address: str, images: list[str], overlay: Path | None) -> Iterator[Prediction | ThoraxrtError]:
-    from thoraxrt.server.client import Client
+def _ask_server(
+    address: str,
+    images: list[str],
+    overlay: Path | None,
+    model: str | None,
+    stat: bool,
+    token_file: Path | None,
+    tls_files: tuple[Path | None, Path | None, Path | None],
+) -> Iterator[Prediction | ThoraxrtError]:
+    from thoraxrt.server.client import Client, ClientTls, Priority
 
-    with Client(address) as client:
+    ca, certificate, private_key = tls_files
+    try:
+        tls = ClientTls(ca=ca, certificate=certificate, private_key=private_key) if any(tls_files) else None
+    except ValueError as error:
+        raise RequestError("--tls-cert and --tls-key go together: give both, or neither") from error
+    priority = Priority.STAT if stat else Priority.ROUTINE
+    with Client(address, model=model, priority=priority, token_file=token_file, tls=tls) as client:
         replies = client.predict_many((Path(image) for image in images), overlay=overlay is not None)
         for path, reply in zip(_overlay_paths(overlay, images), replies, strict=True):
             if isinstance(reply, ThoraxrtError):
@@ -671,30 +711,140 @@ class _Table:
 
 @app.command()
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
-    host: Annotated[str, typer.Option(help="Beyond loopback nothing is encrypted or authenticated yet.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8500,
+    models: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[BUNDLE]", help="A bundle's folder, or a repository of them: NAME/VERSION/.", show_default=False
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Everything else: a TOML file.", show_default=False)
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Show what would be served, and what is wrong; serve nothing.")
+    ] = False,
+    host: Annotated[str | None, typer.Option(help="127.0.0.1 unless told otherwise.", show_default=False)] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="8500 unless told otherwise; 0 takes a free one.")
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option(
+            "--insecure", help="Beyond loopback also without encryption and authentication.", show_default=False
+        ),
+    ] = None,
     backend: Backend = None,
     precision: Precision = None,
     device: Device = None,
     fall_back: Annotated[
-        bool, typer.Option("--fall-back", help="Go on with the CPU (fp32) where a lost GPU cannot be opened again.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--fall-back",
+            help="Go on with the CPU (fp32) where a lost GPU cannot be opened again.",
+            show_default=False,
+        ),
+    ] = None,
     require_signature: RequireSignature = None,
 ) -> None:
-    """Answer gRPC requests with a bundle.
+    """Answer gRPC requests with a bundle, or with a repository of models.
 
-    Health and reflection are on; Ctrl-C or SIGTERM finishes what is in flight, then stops.
+    What is given here goes over the environment (THORAXRT_SERVER__PORT=8600), that over the file, that over the
+    defaults. Health, reflection, the Open Inference Protocol and metrics (port 8501) are on. Ctrl-C or SIGTERM finishes
+    what is in flight, then stops; SIGHUP looks at the bundles again.
 
     [bold]thoraxrt serve chexnet.bundle --port 8500[/]
-    """
-    from thoraxrt.engine.engine import Engine
-    from thoraxrt.server.serve import OneModel, ServeOptions
-    from thoraxrt.server.serve import serve as serve_models
 
-    opened = _open(bundle, require_signature)
-    with Engine.open(opened, backend=backend, precision=precision, device=device, fall_back=fall_back) as engine:
-        serve_models(OneModel(engine), ServeOptions(host=host, port=port))
+    [bold]thoraxrt serve --config thoraxrt.toml --check[/]
+    """
+    from thoraxrt.server.config import load_config
+
+    flags = {
+        "models.path": models,
+        "models.backend": backend,
+        "models.precision": precision,
+        "models.device": device,
+        "models.fall_back": fall_back,
+        "models.trusted": [require_signature] if require_signature else None,
+        "server.host": host,
+        "server.port": port,
+        "server.insecure": insecure,
+    }
+    loaded = load_config(config, {key: value for key, value in flags.items() if value is not None})
+    if check:
+        raise typer.Exit(_show_check(loaded))
+    from thoraxrt.server.run import run
+
+    run(loaded)
+
+
+def _show_check(config: Config) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from thoraxrt.server.config import check, exit_status
+
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    table, findings = Table("", "what", "found"), check(config)
+    for finding in findings:
+        level = f"[{colours[finding.level]}]{finding.level}"
+        table.add_row(level, escape(finding.about), escape(finding.text))
+    Console().print(table)
+    return exit_status(findings)
+
+
+@app.command()
+def token(
+    file: Annotated[
+        Path, typer.Argument(help="The server's file of hashed tokens (security.tokens).", show_default=False)
+    ],
+    name: Annotated[str, typer.Argument(help="Whom the token is for, as the audit log shows it.", show_default=False)],
+    roles: Annotated[
+        str, typer.Option("--roles", help="predict, or predict,admin to load and unload models too.")
+    ] = "predict",
+) -> None:
+    """Make a bearer token: it is shown once, and only its hash is kept.
+
+    [bold]thoraxrt token tokens.toml pacs-1[/]
+    """
+    from thoraxrt.server.tokens import add_token
+
+    print(add_token(file, name, _items(roles)))  # type: ignore[arg-type]  # it checks the roles itself
+
+
+@app.command("audit")
+def verify_audit(
+    log: Annotated[Path, typer.Argument(help="The audit log (audit.path); the files it was rotated to are found.")],
+    noted: Annotated[
+        str | None, typer.Option(metavar="HASH", help="A hash that was noted earlier, and must be in the log.")
+    ] = None,
+) -> None:
+    """Check that nothing in an audit log was changed, left out or cut off.
+
+    [bold]thoraxrt audit /var/log/thoraxrt/audit.jsonl[/]
+    """
+    from thoraxrt.server.audit import verify
+
+    found = verify(log, noted)
+    print(f"lines {found.first} to {found.last} are unbroken; the last one's hash is {found.head}")
+    if found.recovered or found.unfinished:
+        print(
+            f"{found.recovered} times a half-written line was closed off; {found.unfinished} bytes are half-written now"
+        )
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Where the server's metrics are.")] = "http://127.0.0.1:8501/metrics",
+    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+) -> None:
+    """A live view of a server: throughput, latencies, queue, batches, refusals.
+
+    [bold]thoraxrt top[/]
+    """
+    from thoraxrt.server.top import top as watch
+
+    watch(url, once=once)
 
 
 @app.command()

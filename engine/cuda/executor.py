@@ -57,6 +57,7 @@ class PipelineExecutor:
     def __init__(self, backend: Loaded, manifest: Manifest, profile: Profile | None = None) -> None:
         self._backend = backend
         self.backend, self.precision = backend.name, backend.precision
+        self.buckets = backend.network.buckets
         # A softmax's log-odds take exp and ln, which differ between devices: the host decides, the GPU looks everywhere.
         cuts = thresholds(manifest.operating_points, manifest.activation)  # (C,)
         everywhere = isinstance(manifest.activation, Softmax)

@@ -48,7 +48,7 @@ class Answered(NamedTuple):
 class FakeDevice:
     """An executor whose device is lost when it is told to be; its logits are the size of the image."""
 
-    precision, ahead, takes_stored = "fp16", 1, True
+    precision, ahead, buckets, takes_stored = "fp16", 1, (), True
 
     def __init__(self, name: str, labels: int, losses: int = 0) -> None:
         self.backend, self.labels, self.losses, self.closed = name, labels, losses, 0

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from thoraxrt.engine.backends import open_backend
+from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Radiograph, ThreadDecoder
 from thoraxrt.engine.engine import Engine, Prediction
 from thoraxrt.engine.errors import (
@@ -769,3 +770,16 @@ def test_whatever_clients_do_each_gets_one_end(tiny_bundle, radiograph):
     backend = open_backend(tiny_bundle, "onnxruntime")
     with Engine(tiny_bundle, HostExecutor(backend, tiny_bundle.manifest), ThreadDecoder(2)) as engine:
         run(lambda: scenario(engine))
+
+
+class Planned(HostExecutor):
+    """An executor whose network runs at two batch sizes only, as a GPU's plan does."""
+
+    buckets = (2, 4)
+
+
+def test_a_networks_own_batch_sizes_govern(tiny_bundle: Bundle, told: Any) -> None:
+    executor = Planned(open_backend(tiny_bundle, "onnxruntime"), tiny_bundle.manifest)
+    with Engine(tiny_bundle, executor, ThreadDecoder(1)) as engine:
+        scheduler = Scheduler(engine, engine.decoder, BatchingOptions(max_batch=16), told)
+    assert scheduler.options.sizes == (1, 2, 4)

@@ -182,6 +182,7 @@ def test_an_engine_on_the_gpu_answers_as_one_on_the_cpu(trt: Any, bundle: Bundle
     for _ in driver.seeds(6):
         with Engine.open(bundle, device="cuda:0", batch=4) as engine, Gpu.open(0) as gpu:
             assert (engine.backend, engine.precision, engine.ahead) == ("tensorrt", "fp32", 2)
+            assert engine.buckets == BUCKETS
             answers = list(engine.predict(sources, cam=True))
             there = DeviceRadiograph(OnDevice(gpu, pictures[0].pixels))
             elsewhere = DeviceRadiograph(pictures[0].pixels.astype(np.float32))
