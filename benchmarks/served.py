@@ -1,0 +1,114 @@
+"""A thoraxrt server in a process of its own, as `thoraxrt serve` runs it, and what it takes of the machine.
+
+For benchmarks that load it from outside. Linux only.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from thoraxrt.engine.decode import Decoder, ThreadDecoder
+from thoraxrt.server.batching import BatchingOptions
+from thoraxrt.server.decoding import ProcessDecoder
+from thoraxrt.server.models import EngineOptions, Models
+from thoraxrt.server.serve import ServeOptions, serve
+from thoraxrt.server.telemetry import NullTelemetry
+
+__all__ = ["Served"]
+
+_SPAWN = multiprocessing.get_context("spawn")  # gRPC's threads do not survive a fork
+
+
+class Served:
+    """The server, from its first answer to the end of the block; `address` is where it listens.
+
+    `processes` decodes in worker processes, otherwise in threads. Example: `with Served(path, EngineOptions()) as server:`.
+    Raises RuntimeError where it cannot be started: it has said why on stderr.
+    """
+
+    def __init__(self, path: Path, engine: EngineOptions, *, processes: bool = True) -> None:
+        self._connection, theirs = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_serve, args=(theirs, path, engine, processes))
+        self._process.start()
+        theirs.close()
+        try:
+            self.address: str = self._connection.recv()
+        except EOFError:
+            raise RuntimeError("the server has not started") from None
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def refresh(self) -> None:
+        """Have it look at its models again."""
+        os.kill(self.pid, signal.SIGHUP)
+
+    def children(self) -> list[int]:
+        """The processes that it has started: those that decode."""
+        return [int(pid) for task in _tasks(self.pid) for pid in (task / "children").read_text().split()]
+
+    def resident_bytes(self) -> int:
+        """Memory of the server and its children."""
+        page = os.sysconf("SC_PAGE_SIZE")
+        return sum(page * int(_read(pid, "statm").split()[1] or 0) for pid in (self.pid, *self.children()))
+
+    def descriptors(self) -> int:
+        """Open files and sockets of the server itself."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def stop(self) -> tuple[dict[str, int], dict[str, int], int]:
+        """End it as a service manager does: calls begun by method, calls answered by status, and its exit status."""
+        os.kill(self.pid, signal.SIGTERM)
+        begun, answered = self._connection.recv()
+        self._process.join(60)
+        assert self._process.exitcode is not None, "the server does not end"
+        return begun, answered, self._process.exitcode
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+class _Counting(NullTelemetry):
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.codes: Counter[str] = Counter()
+
+    def begun(self, method: str) -> None:
+        self.calls[method] += 1
+
+    def answered(self, method: str, code: str, seconds: float) -> None:
+        self.codes[code] += 1
+
+
+def _serve(connection: Connection, path: Path, engine: EngineOptions, processes: bool) -> None:
+    telemetry = _Counting()
+    decoder: Decoder = ProcessDecoder() if processes else ThreadDecoder()
+    batching = BatchingOptions(workers=decoder.workers) if isinstance(decoder, ProcessDecoder) else BatchingOptions()
+    with decoder if isinstance(decoder, ProcessDecoder) else nullcontext():
+        models = Models(path, decoder, batching, telemetry, engine=engine)
+        serve(models, ServeOptions(port=0), telemetry, announce=lambda line: connection.send(line.rpartition(" ")[2]))
+    connection.send((dict(telemetry.calls), dict(telemetry.codes)))
+
+
+def _tasks(pid: int) -> list[Path]:
+    return list(Path(f"/proc/{pid}/task").iterdir())
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has just been killed
+        return "0 0"

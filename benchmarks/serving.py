@@ -1,0 +1,349 @@
+"""What serving costs, and what it holds under load: `python -m thoraxrt.benchmarks.serving BUNDLE IMAGES...`.
+
+The scenario: encoded radiographs over gRPC on loopback, the server in a process of its own as `thoraxrt serve` runs it,
+the load from another. Server, load and, in the same rounds, `Engine.predict` share the machine's CPUs, so that what the
+client spends is counted against the server. The ceiling of its throughput is `Engine.predict` in process. The rounds
+are interleaved, and ratios are medians over rounds, so that they hold on a shared machine. Open loop: requests come at
+random times whatever is unanswered, and a latency counts from when its request was due.
+
+With `--peers`, other servers of the same FP32 graph through ONNX Runtime get the same load; they give logits only,
+where thoraxrt also gives boxes, decodes in worker processes and bounds its queue. They run in a Python of their own:
+
+    python -m venv /tmp/peers
+    /tmp/peers/bin/pip install nvidia-pytriton==0.7.0 litserve python-multipart onnxruntime \\
+        opencv-python-headless pillow==13.0.0 msgspec
+    python -m thoraxrt.benchmarks.serving BUNDLE IMAGES... --peers /tmp/peers/bin/python
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from thoraxrt.benchmarks import serving_peers
+from thoraxrt.benchmarks.served import Served
+from thoraxrt.benchmarks.serving_load import Answer, Load, Target
+from thoraxrt.engine.bundle import Bundle
+from thoraxrt.engine.engine import Engine, read_image
+from thoraxrt.engine.errors import ThoraxrtError
+from thoraxrt.proto.oip import open_inference_pb2 as oip
+from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
+from thoraxrt.server.models import EngineOptions
+
+__all__ = ["main", "open_loop", "served_and_in_process"]
+
+PREDICT: Final = "/thoraxrt.v1.PredictionService/Predict"
+CONCURRENCY: Final = (1, 8, 32)
+
+_IMAGES: Final = 64  # of a round
+_SINGLE: Final = 16  # of a round, one at a time
+_DEADLINE_S: Final = 2.0  # of a request under overload
+
+
+def served_and_in_process(
+    engine: Engine, address: str, load: Load, files: Sequence[bytes], rounds: int, images: int = _IMAGES
+) -> dict[str, Any]:
+    """Throughput and latency of both, round by round in turn.
+
+    `in_process_per_s` and `served_per_s` (by concurrency) are medians of images a second, `ratio` the median of each
+    round's best served rate to its rate in process. `in_process_ms` and `served_ms` are medians of one image at a
+    time, `added_ms` the median of each round's difference.
+    """
+    target, requests = Target(address, PREDICT), [_request(data) for data in files]
+    turn = [files[number % len(files)] for number in range(images)]
+    found: dict[str, list[float]] = {name: [] for name in ("inside", "alone", "asked", *map(str, CONCURRENCY))}
+    for _ in range(rounds + 1):  # the first one is not counted: after it, everything has its memory
+        found["inside"].append(images / _seconds(lambda: _answered(engine, turn)))
+        for concurrency in CONCURRENCY:
+            found[str(concurrency)].append(_rate(load.closed(target, requests, concurrency, images)))
+        single = turn[:_SINGLE]
+        found["alone"].append(statistics.median(_seconds(lambda d=data: engine.predict_one(d)) for data in single))  # type: ignore[misc]
+        found["asked"].append(_median(load.closed(target, requests, 1, len(single))))
+    inside, alone, asked, *served = (values[1:] for values in found.values())
+    return {
+        "in_process_per_s": statistics.median(inside),
+        "served_per_s": {str(c): statistics.median(rates) for c, rates in zip(CONCURRENCY, served, strict=True)},
+        "ratio": statistics.median(max(best) / rate for rate, *best in zip(inside, *served, strict=True)),
+        "in_process_ms": 1000 * statistics.median(alone),
+        "served_ms": 1000 * statistics.median(asked),
+        "added_ms": 1000 * statistics.median(b - a for a, b in zip(alone, asked, strict=True)),
+    }
+
+
+def open_loop(server: Served, load: Load, files: Sequence[bytes], capacity: float, seconds: float) -> dict[str, Any]:
+    """Requests as they come, at 80 % and at 300 % of `capacity` images a second, for `seconds` each.
+
+    `unloaded_ms` is the median of one at a time. Under overload, `goodput` is what is answered within its deadline
+    to the capacity, without the first quarter; `growth_bytes` how much more memory the server took at most in the
+    last third of the time than in the second.
+    """
+    target, requests = Target(server.address, PREDICT), [_request(data) for data in files]
+    unloaded = _median(load.closed(target, requests, 1, 2 * _SINGLE))
+    steady = load.open(target, requests, 0.8 * capacity, seconds, 60.0)
+    with _sampled(server.resident_bytes) as memory:
+        flood = load.open(target, requests, 3 * capacity, seconds, _DEADLINE_S)
+    third = len(memory) // 3
+    in_time = [a for a in flood if a.status == "OK" and seconds / 4 <= a.due_s + a.latency_s < seconds]
+    return {
+        "unloaded_ms": 1000 * unloaded,
+        "steady_p50_ms": _percentile_ms(steady, 50),
+        "steady_p99_ms": _percentile_ms(steady, 99),
+        "steady_statuses": dict(Counter(answer.status for answer in steady)),
+        "goodput": len(in_time) / (0.75 * seconds) / capacity,
+        "refused_p50_ms": _percentile_ms([a for a in flood if a.status == "RESOURCE_EXHAUSTED"], 50),
+        "refused_p99_ms": _percentile_ms([a for a in flood if a.status == "RESOURCE_EXHAUSTED"], 99),
+        "statuses": dict(Counter(answer.status for answer in flood)),
+        "memory_bytes": max(memory),
+        "growth_bytes": max(memory[-third:]) - max(memory[third:-third]),
+    }
+
+
+def _compared(
+    bundle: Bundle, server: Served, load: Load, files: Sequence[bytes], python: Path, rounds: int
+) -> list[dict[str, Any]]:
+    """Each server's images a second and p99, by concurrency, round by round in turn; the first is thoraxrt."""
+    with ExitStack() as running:
+        targets = {"thoraxrt": (Target(server.address, PREDICT), [_request(data) for data in files])}
+        for number, (name, wrap, path, kind) in enumerate(_PEERS):
+            address = f"127.0.0.1:{_PEER_PORT + 10 * number}"
+            if running.enter_context(_peer(bundle, python, name, address)):
+                targets[name] = Target(address, path, kind), [wrap(data) for data in files]
+        rates: dict[tuple[str, int], list[float]] = {}
+        answers: dict[tuple[str, int], list[Answer]] = {}
+        for number in range(rounds + 1):
+            for concurrency in CONCURRENCY:
+                for name, (target, requests) in targets.items():
+                    got = load.closed(target, requests, concurrency, _IMAGES)
+                    if number:  # the first round is not counted
+                        rates.setdefault((name, concurrency), []).append(_rate(got))
+                        answers.setdefault((name, concurrency), []).extend(got)
+    return [
+        {
+            "name": name,
+            "concurrency": concurrency,
+            "per_s": statistics.median(own),
+            "p99_ms": _percentile_ms(answers[name, concurrency], 99),
+            "thoraxrt_to_it": statistics.median(
+                t / o for t, o in zip(rates["thoraxrt", concurrency], own, strict=True)
+            ),
+        }
+        for (name, concurrency), own in rates.items()
+    ]
+
+
+def _request(data: bytes) -> bytes:
+    return pb.PredictRequest(image=data).SerializeToString()
+
+
+def _tensor(data: bytes) -> bytes:
+    request = oip.ModelInferRequest(model_name="chest")
+    request.inputs.add(name="image_bytes", datatype="BYTES", shape=[1, 1])
+    request.raw_input_contents.append(len(data).to_bytes(4, "little") + data)
+    return request.SerializeToString()
+
+
+def _form(data: bytes) -> bytes:
+    head = b'--x\r\nContent-Disposition: form-data; name="request"; filename="image"\r\n\r\n'
+    return head + data + b"\r\n--x--\r\n"
+
+
+_PEERS: Final[tuple[tuple[str, Callable[[bytes], bytes], str, str], ...]] = (
+    ("grpc", bytes, "/peer.Peer/Predict", ""),
+    ("pytriton", _tensor, "/inference.GRPCInferenceService/ModelInfer", ""),
+    ("litserve", _form, "/predict", "multipart/form-data; boundary=x"),
+)
+_PEER_PORT: Final = 18600
+_PEER_START_S: Final = 60.0
+
+
+@contextmanager
+def _peer(bundle: Bundle, python: Path, name: str, address: str) -> Iterator[bool]:
+    """Whether the peer answers; one that cannot be started has said why on stderr."""
+    host, _, port = address.rpartition(":")
+    repository = Path(serving_peers.__file__).resolve().parents[1]
+    process = subprocess.Popen(
+        [
+            *(python, Path(serving_peers.__file__).resolve(), name, bundle.path / "model.fp32.onnx"),
+            *(msgspec.json.encode(bundle.manifest.preprocess), port),
+        ],
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        stdout=sys.stderr,
+        start_new_session=True,
+    )
+    try:
+        until, answers = time.monotonic() + _PEER_START_S, False
+        while not answers and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.5)
+            with socket.socket() as probe:
+                answers = probe.connect_ex((host, int(port))) == 0
+        yield answers
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _sampled(read: Callable[[], int]) -> Iterator[list[int]]:
+    """What it reads four times a second, while the block runs."""
+    samples, ended = [read()], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.25):
+            samples.append(read())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _answered(engine: Engine, files: Sequence[bytes]) -> None:
+    for answer in engine.predict(files):
+        if isinstance(answer, ThoraxrtError):
+            raise answer
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _rate(answers: Sequence[Answer]) -> float:
+    """Answers a second. Raises RuntimeError where one is not OK."""
+    if statuses := {answer.status for answer in answers} - {"OK"}:
+        raise RuntimeError(f"a request ended with {statuses.pop()}; expected OK")
+    return len(answers) / max(answer.due_s + answer.latency_s for answer in answers)
+
+
+def _median(answers: Sequence[Answer]) -> float:
+    return statistics.median(answer.latency_s for answer in answers)
+
+
+def _percentile_ms(answers: Sequence[Answer], percent: float) -> float | None:
+    return 1000 * float(np.percentile([a.latency_s for a in answers], percent)) if answers else None
+
+
+def _rows(name: str, cost: dict[str, Any], held: dict[str, Any]) -> Iterator[tuple[str, str, str, str, bool]]:
+    """What, figure, target and whether it is met."""
+    served = "/".join(f"{rate:.1f}" for rate in cost["served_per_s"].values())
+    yield (
+        name,
+        f"served, at {'/'.join(cost['served_per_s'])} at a time: {served} images/s; in process",
+        (f"{cost['in_process_per_s']:.1f}; best {cost['ratio']:.0%}"),
+        ">= 90%",
+        cost["ratio"] >= 0.9,
+    )
+    yield (
+        name,
+        f"one at a time, ms: {cost['in_process_ms']:.2f} in process, served {cost['served_ms']:.2f}",
+        (f"{cost['added_ms']:+.2f}"),
+        "<= 1.5",
+        cost["added_ms"] <= 1.5,
+    )
+    times = held["steady_p99_ms"] / held["unloaded_ms"]
+    yield (
+        name,
+        f"80% load, ms: unloaded p50 {held['unloaded_ms']:.1f}, p50 {held['steady_p50_ms']:.1f}, p99",
+        (f"{held['steady_p99_ms']:.1f}; {times:.1f} x"),
+        "<= 3 x",
+        times <= 3,
+    )
+    yield name, "300% load: answered in time, of capacity", f"{held['goodput']:.0%}", ">= 90%", held["goodput"] >= 0.9
+    late = held["refused_p99_ms"]
+    yield (
+        name,
+        f"300% load: refused ({held['statuses'].get('RESOURCE_EXHAUSTED', 0)}), p99, ms",
+        ("none" if late is None else f"{late:.1f}"),
+        "< 20",
+        late is not None and late < 20,
+    )
+    growth = held["growth_bytes"] / held["memory_bytes"]
+    yield (
+        name,
+        f"300% load: memory, at most {held['memory_bytes'] / 2**20:.0f} MiB; grown",
+        f"{growth:+.1%}",
+        ("<= 2%"),
+        growth <= 0.02,
+    )
+
+
+def main(
+    bundle: Path,
+    images: Annotated[list[Path], typer.Argument(help="Encoded radiographs.")],
+    backends: Annotated[str, typer.Option(help="Which, in their own default precision.")] = "openvino,onnxruntime",
+    precision: Annotated[str | None, typer.Option(help="Of every backend; by default FP32.")] = None,
+    threads: Annotated[bool, typer.Option("--threads", help="Decode in threads, not in worker processes.")] = False,
+    peers: Annotated[Path | None, typer.Option(help="The Python that has the other servers.")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    seconds: Annotated[float, typer.Option(min=4.0, help="Of each open loop.")] = 20.0,
+) -> None:
+    """Measure each backend, and the peers; a table to stderr, one line of JSON to stdout."""
+    opened, files = Bundle.open(bundle), [read_image(path) for path in images[:_IMAGES]]
+    machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "date": str(date.today())}
+    load_before = os.getloadavg()[0]
+    results: list[dict[str, Any]] = []
+    compared: list[dict[str, Any]] = []
+    with Load() as load:
+        for name in backends.split(","):
+            options = EngineOptions(backend=name, precision=precision)
+            with Served(bundle, options, processes=not threads) as server:
+                with Engine.open(opened, backend=name, precision=precision) as engine:
+                    cost = served_and_in_process(engine, server.address, load, files, rounds)
+                    ran = f"{engine.backend} {engine.precision}"
+                held = open_loop(server, load, files, max(cost["served_per_s"].values()), seconds)
+                if peers and name == "onnxruntime":
+                    compared = _compared(opened, server, load, files, peers, rounds)
+            results.append({"name": ran, **cost, **held})
+    table = Table(
+        *("what runs", "figure", "", "target", ""),
+        title=f"{opened.manifest.network.name}, {len(files)} files of {sum(map(len, files)) // len(files)} bytes, "
+        f"{machine['cpus']} CPUs, {machine['date']}, load of others {load_before:.1f}",
+    )
+    for result in results:
+        for what, figure, value, target, met in _rows(result["name"], result, result):
+            table.add_row(what, figure, value, target, "met" if met else "missed")
+    for peer in compared:
+        table.add_row(
+            f"{peer['name']}, {peer['concurrency']} at a time",
+            f"{peer['per_s']:.1f} images/s, p99 {peer['p99_ms']:.0f} ms; thoraxrt to it",
+            f"{peer['thoraxrt_to_it']:.2f}",
+            "> 1" if peer["name"] != "thoraxrt" else "",
+            "" if peer["name"] == "thoraxrt" else "met" if peer["thoraxrt_to_it"] > 1 else "missed",
+        )
+    Console(stderr=True, width=150).print(table)
+    versions = {name: version(name) for name in ("grpcio", "onnxruntime", "openvino")}
+    said = {"scenario": "serving", **machine, "load_before": load_before, "versions": versions}
+    said |= {"bundle": opened.sha256, "decoding": "threads" if threads else "processes", "files": len(files)}
+    print(json.dumps({**said, "results": results, "peers": compared}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,396 @@
+"""Mixed traffic with faults, for as long as asked: `python -m thoraxrt.benchmarks.soak BUNDLE [IMAGES...] --minutes 10`.
+
+The scenario: a server in a process of its own, as `thoraxrt serve` runs it, and clients that behave in every way at
+once: single images, studies, streams, STAT and routine, files that are no images, messages that are none, deadlines too
+short, calls that are cancelled, connections that vanish. Meanwhile its decoding workers are killed and its bundle is
+replaced, now and then by a damaged one. The claims, each counted: every call ends once, with a status that it may have;
+every answer is that image's; the server's own books of calls begun and ended agree; memory and descriptors are in
+the end what they were. Exit status 1 where one does not hold. Linux only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import grpc
+import msgspec
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from thoraxrt.benchmarks.served import Served
+from thoraxrt.engine.bundle import MANIFEST, Bundle
+from thoraxrt.engine.engine import Engine, read_image
+from thoraxrt.export.phantoms import phantom
+from thoraxrt.export.publish import publish
+from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
+from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
+from thoraxrt.server.models import EngineOptions
+from thoraxrt.server.service import ORDER_KEY, PRIORITY_KEY
+from thoraxrt.server.status import ERROR_KEY
+
+__all__ = ["Report", "main", "soak"]
+
+_CLIENTS: Final = 12
+_KILL_S: Final = 4.0
+_SWAP_S: Final = 3.0
+_WARM: Final = 1 / 3
+"""Of the time, after which memory and descriptors should grow no more."""
+
+_HANG_S: Final = 60.0
+_CLOSE: Final = 0.05
+"""How far an answer may be from the expected logits: batches of other sizes add in other orders."""
+
+_BAD: Final = (b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40))
+_KILLED: Final = "ended its process"
+
+_STATUS: Final = grpc.StatusCode
+_NOT_NOW: Final = {("RESOURCE_EXHAUSTED", "OverloadedError")}
+
+
+@dataclass(slots=True)
+class Report:
+    """What happened: calls by kind and status, and each claim that did not hold."""
+
+    seconds: float = 0.0
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    images: int = 0
+    killed: int = 0
+    hit: int = 0  # images whose worker was killed
+    swapped: int = 0
+    seen: set[str] = field(default_factory=set)  # manifests that answered
+    faults: list[str] = field(default_factory=list)
+    memory_bytes: tuple[int, int] = (0, 0)  # after the warm-up, in the end
+    descriptors: tuple[int, int] = (0, 0)
+
+    def claim(self, holds: bool, what: str) -> None:
+        """Note what does not hold."""
+        if not holds:
+            self.faults.append(what)
+
+
+@dataclass(slots=True)
+class _Expected:
+    """An image and what the engine says of it in process."""
+
+    data: bytes
+    width: int
+    height: int
+    logits: list[float]
+
+
+class _Traffic:
+    """Clients of one server until a time is over."""
+
+    def __init__(self, address: str, images: Sequence[_Expected], report: Report, seed: int) -> None:
+        self._address = address
+        self._images = images
+        self._report = report
+        self._random = random.Random(seed)
+        self._kinds: list[tuple[Callable[[Any], Awaitable[None]], int]] = [
+            (self._predict, 8),
+            (self._study, 2),
+            (self._stream, 2),
+            (self._bad, 2),
+            (self._malformed, 1),
+            (self._hurried, 2),
+            (self._cancelled, 2),
+            (self._vanishing, 1),
+        ]
+
+    async def run(self, until: float) -> None:
+        """One thing after the other, by several clients at once."""
+        async with _channel(self._address) as channel, asyncio.TaskGroup() as clients:
+            for _ in range(_CLIENTS):
+                clients.create_task(self._client(channel, until))
+
+    async def _client(self, channel: grpc.aio.Channel, until: float) -> None:
+        stub: Any = thoraxrt_pb2_grpc.PredictionServiceStub(channel)
+        kinds, weights = zip(*self._kinds, strict=True)
+        while time.monotonic() < until:
+            (kind,) = self._random.choices(kinds, weights)
+            began = time.monotonic()
+            await kind(stub)
+            self._report.claim(time.monotonic() - began < _HANG_S, f"{kind.__name__} took {_HANG_S:g} s")
+
+    def _metadata(self, *more: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+        return ((PRIORITY_KEY, self._random.choice(("stat", "routine"))), *more)
+
+    async def _ended(self, kind: str, call: Any, *allowed: tuple[str, str]) -> Any:
+        """The call's answer, where it has one; it may also end with a status and error that are `allowed`."""
+        try:
+            answer = await call
+            self._report.calls[kind, "OK"] += 1
+            return answer
+        except grpc.aio.AioRpcError as error:
+            self._failed(kind, error, {*allowed, *_NOT_NOW})
+            return None
+
+    def _failed(self, kind: str, error: grpc.aio.AioRpcError, allowed: set[tuple[str, str]]) -> None:
+        name = str(dict(error.trailing_metadata() or ()).get(ERROR_KEY, ""))
+        self._report.calls[kind, error.code().name] += 1
+        if not self._is_hit(name, error.details() or ""):
+            self._report.claim((error.code().name, name) in allowed, f"{kind}: {error.code().name} {error.details()}")
+
+    def _is_hit(self, name: str, details: str) -> bool:
+        """Whether an image was with a worker that was killed; each kill may have hit one."""
+        hit = name == "ImageFormatError" and _KILLED in details
+        self._report.hit += hit
+        return hit
+
+    def _check(self, kind: str, response: pb.PredictResponse, image: _Expected) -> None:
+        self._report.images += 1
+        self._report.seen.add(response.manifest_sha256)
+        prediction = response.prediction
+        same = (prediction.width, prediction.height) == (image.width, image.height) and all(
+            abs(finding.logit - logit) < _CLOSE
+            for finding, logit in zip(prediction.findings, image.logits, strict=True)
+        )
+        self._report.claim(same, f"{kind}: another image's answer, or a wrong one")
+
+    async def _predict(self, stub: Any) -> None:
+        image = self._random.choice(self._images)
+        options = pb.PredictOptions(overlay=self._random.random() < 0.1, cam=self._random.random() < 0.1)
+        request = pb.PredictRequest(image=image.data, options=options)
+        if response := await self._ended("predict", stub.Predict(request, timeout=_HANG_S, metadata=self._metadata())):
+            self._check("predict", response, image)
+
+    async def _study(self, stub: Any) -> None:
+        sent = {str(number): self._any() for number in range(self._random.randint(1, 4))}
+        request = pb.PredictStudyRequest(images=[pb.StudyImage(id=i, image=d) for i, (d, _) in sent.items()])
+        call = stub.PredictStudy(request, timeout=_HANG_S, metadata=self._metadata())
+        if response := await self._ended("study", call):
+            self._check_answers("study", response.answers, sent)
+
+    async def _stream(self, stub: Any) -> None:
+        sent = {str(number): self._any() for number in range(self._random.randint(0, 40))}
+        order = self._random.choice(("request", "completion"))
+        requests = iter([pb.PredictStreamRequest(id=i, image=data) for i, (data, _) in sent.items()])
+        call = stub.PredictStream(requests, timeout=_HANG_S, metadata=self._metadata((ORDER_KEY, order)))
+
+        async def answers() -> list[pb.ImageAnswer]:
+            return [response.answer async for response in call]
+
+        found = await self._ended("stream", answers())
+        if found is not None:
+            self._check_answers("stream", found, sent)
+            if order == "request":
+                self._report.claim([answer.id for answer in found] == list(sent), "stream: out of order")
+
+    def _any(self) -> tuple[bytes, _Expected | None]:
+        if self._random.random() < 0.1:
+            return self._random.choice(_BAD), None
+        image = self._random.choice(self._images)
+        return image.data, image
+
+    def _check_answers(
+        self, kind: str, answers: Sequence[pb.ImageAnswer], sent: dict[str, tuple[bytes, _Expected | None]]
+    ) -> None:
+        self._report.claim(
+            sorted(answer.id for answer in answers) == sorted(sent), f"{kind}: not one answer for each image"
+        )
+        for answer in answers:
+            image = sent[answer.id][1]
+            if answer.WhichOneof("answer") == "response":
+                self._report.claim(image is not None, f"{kind}: an answer for what is no image")
+                if image:
+                    self._check(kind, answer.response, image)
+            elif not self._is_hit(answer.failure.error, answer.failure.message) and image:
+                refused = answer.failure.error == "OverloadedError"
+                self._report.claim(refused, f"{kind}: {answer.failure.error}: {answer.failure.message}")
+
+    async def _bad(self, stub: Any) -> None:
+        request = pb.PredictRequest(image=self._random.choice(_BAD))
+        answer = await self._ended(
+            "bad", stub.Predict(request, timeout=_HANG_S), ("INVALID_ARGUMENT", "ImageFormatError")
+        )
+        self._report.claim(answer is None, "bad: an answer for what is no image")
+
+    async def _malformed(self, stub: Any) -> None:
+        async with _channel(self._address) as channel:
+            method = self._random.choice(("Predict", "PredictStudy", "PredictStream"))
+            call: Any = channel.stream_stream(f"/thoraxrt.v1.PredictionService/{method}")
+            good = pb.PredictStreamRequest(image=self._images[0].data).SerializeToString()
+            sent = [good] * self._random.randint(0, 3) * (method == "PredictStream")
+            answers = call(iter([*sent, b"\xff\xff\xff"]), timeout=_HANG_S)
+
+            async def all_of() -> list[bytes]:
+                return [answer async for answer in answers]
+
+            await self._ended("malformed", all_of(), ("INVALID_ARGUMENT", "RequestError"))
+
+    async def _hurried(self, stub: Any) -> None:
+        image = self._random.choice(self._images)
+        call = stub.Predict(pb.PredictRequest(image=image.data), timeout=self._random.uniform(0, 0.03))
+        late = [("DEADLINE_EXCEEDED", name) for name in ("", "DeadlineError")]
+        if response := await self._ended("hurried", call, *late):
+            self._check("hurried", response, image)
+
+    async def _cancelled(self, stub: Any) -> None:
+        call = stub.Predict(pb.PredictRequest(image=self._random.choice(self._images).data), timeout=_HANG_S)
+        await asyncio.sleep(self._random.uniform(0, 0.03))
+        call.cancel()
+        code = await call.code()
+        self._report.calls["cancelled", code.name] += 1
+        self._report.claim(code in {_STATUS.OK, _STATUS.CANCELLED, _STATUS.RESOURCE_EXHAUSTED}, f"cancelled: {code}")
+
+    async def _vanishing(self, stub: Any) -> None:
+        """A stream whose connection is gone in the middle of it."""
+        async with _channel(self._address) as channel:
+            mine: Any = thoraxrt_pb2_grpc.PredictionServiceStub(channel)
+            images = [self._random.choice(self._images).data for _ in range(20)]
+            call = mine.PredictStream(iter([pb.PredictStreamRequest(image=data) for data in images]), timeout=_HANG_S)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                for _ in range(self._random.randint(0, 5)):
+                    if await call.read() is grpc.aio.EOF:
+                        break
+        self._report.calls["vanishing", "gone"] += 1
+
+
+def _channel(address: str) -> grpc.aio.Channel:
+    """A connection of its own, which shares none with another channel."""
+    return grpc.aio.insecure_channel(address, [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)])
+
+
+async def _harm(
+    server: Served, folder: Path, bundles: Sequence[dict[str, bytes]], report: Report, until: float
+) -> None:
+    """Kill workers and replace the bundle, by turns good and damaged."""
+    randomly = random.Random(1)
+    now = time.monotonic()
+    kill, swap = now + _KILL_S / 2, now + _SWAP_S / 2
+    while (now := time.monotonic()) < until:
+        if now >= kill:
+            for pid in server.children()[:1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    report.killed += 1
+            kill = now + randomly.uniform(0.5, 1.5) * _KILL_S
+        if now >= swap:
+            await asyncio.to_thread(publish, bundles[report.swapped % len(bundles)], folder, replace=True)
+            server.refresh()
+            report.swapped += 1
+            swap = now + _SWAP_S
+        await asyncio.sleep(0.05)
+
+
+def soak(bundle: Bundle, images: Sequence[bytes], seconds: float, *, backend: str | None = None) -> Report:
+    """Run the scenario for so long; `report.faults` is empty where every claim holds."""
+    report, options = Report(seconds=seconds), EngineOptions(backend=backend)
+    with Engine.open(bundle, backend=backend) as engine:
+        expected = []
+        for data in images:
+            said = engine.predict_one(data)
+            expected.append(_Expected(data, said.width, said.height, [finding.logit for finding in said.findings]))
+    with tempfile.TemporaryDirectory() as place:
+        folder, bundles = Path(place) / "served", _bundles(bundle)
+        publish(bundles[0], folder, replace=False)
+        with Served(folder, options) as server:
+            began = time.monotonic()
+            asyncio.run(_phase(server, folder, bundles[1:], expected, report, began + _WARM * seconds, seed=0))
+            before = _taken(server)
+            asyncio.run(_phase(server, folder, bundles, expected, report, began + seconds, seed=1))
+            after = _taken(server)
+            begun, answered, status = server.stop()
+    report.memory_bytes, report.descriptors = (before[0], after[0]), (before[1], after[1])
+    report.claim(after[0] < 1.25 * before[0] + 2**26, f"memory has grown: {before[0]} to {after[0]} bytes")
+    report.claim(after[1] <= before[1] + 8, f"descriptors have grown: {before[1]} to {after[1]}")
+    report.claim(sum(begun.values()) == sum(answered.values()), f"calls begun {begun}, ended {answered}")
+    report.claim(not answered.keys() & {"UNKNOWN", "INTERNAL"}, f"statuses of faults: {answered}")
+    report.claim(report.hit <= report.killed, f"{report.hit} images lost to {report.killed} killed workers")
+    report.claim(report.images > 0 and report.killed > 0 and report.swapped > 0, "nothing has happened")
+    report.claim(len(report.seen) > 1, "no replaced bundle has answered")
+    report.claim(status == 0, f"the server ended with exit status {status}")
+    return report
+
+
+async def _phase(
+    server: Served,
+    folder: Path,
+    bundles: Sequence[dict[str, bytes]],
+    images: Sequence[_Expected],
+    report: Report,
+    until: float,
+    *,
+    seed: int,
+) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_Traffic(server.address, images, report, seed).run(until))
+        group.create_task(_harm(server, folder, bundles, report, until))
+
+
+def _taken(server: Served) -> tuple[int, int]:
+    """Memory and descriptors, once nothing is asked for and the last bundle is loaded."""
+    time.sleep(3.0)
+    return server.resident_bytes(), server.descriptors()
+
+
+def _bundles(bundle: Bundle) -> list[dict[str, bytes]]:
+    """The same network under other manifests, so that its answers are the same, and one that is damaged."""
+    files = {file.name: file.read_bytes() for file in bundle.path.iterdir() if file.name in bundle.manifest.files}
+    made = []
+    for turn in ("1", "2"):
+        manifest = msgspec.structs.replace(bundle.manifest, producer={**bundle.manifest.producer, "soak": turn})
+        made.append({**files, MANIFEST: msgspec.json.encode(manifest)})
+    damaged = dict(made[0])
+    name = next(name for name in files if name.endswith(".onnx"))
+    damaged[name] = damaged[name][:-1] + bytes([damaged[name][-1] ^ 1])
+    return [made[0], made[1], damaged]
+
+
+def main(
+    bundle: Path,
+    images: Annotated[list[Path] | None, typer.Argument(help="Encoded radiographs; by default phantoms.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.25)] = 10.0,
+    backend: Annotated[str | None, typer.Option(help="By default the bundle's own choice.")] = None,
+) -> None:
+    """Run the scenario; a table to stderr, one line of JSON to stdout."""
+    opened = Bundle.open(bundle)
+    files = [read_image(path) for path in images] if images else [_png(index) for index in range(8)]
+    report = soak(opened, files, 60 * minutes, backend=backend)
+    table = Table("call", "ended with", "times", title=f"{report.images} images answered in {report.seconds:.0f} s")
+    for (kind, status), count in sorted(report.calls.items()):
+        table.add_row(kind, status, str(count))
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(
+        f"{report.killed} workers killed, {report.hit} images lost to it; {report.swapped} bundles put in place; "
+        f"memory {report.memory_bytes[0] / 2**20:.0f} to {report.memory_bytes[1] / 2**20:.0f} MiB, "
+        f"descriptors {report.descriptors[0]} to {report.descriptors[1]}"
+    )
+    for fault, count in Counter(report.faults).most_common(20):
+        console.print(f"[red]{count} x {fault}")
+    machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "date": str(date.today())}
+    said: dict[str, Any] = {"scenario": "soak", **machine, "bundle": opened.sha256, "seconds": report.seconds}
+    said["calls"] = {f"{kind} {status}": count for (kind, status), count in sorted(report.calls.items())}
+    for name in ("images", "killed", "hit", "swapped", "memory_bytes", "descriptors"):
+        said[name] = getattr(report, name)
+    print(json.dumps({**said, "faults": Counter(report.faults)}))
+    sys.exit(1 if report.faults else 0)
+
+
+def _png(index: int) -> bytes:
+    file = BytesIO()
+    Image.fromarray(phantom(7, index).pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    typer.run(main)
