@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -93,7 +93,7 @@ class ProcessDecoder:
     BackendUnavailableError.
 
     `workers` is the number of processes, by default one less than the CPUs this process may use, at least 1; for
-    `keep_stored` see `decode`. Returns when the first worker is ready. Raises ValueError where `workers` is below 1,
+    `keep_stored` see `decode`. `on_replaced` is called, in any thread, when a worker has ended. Returns when the first worker is ready. Raises ValueError where `workers` is below 1,
     BackendUnavailableError where no worker can be started; `submit` after `close` raises RuntimeError.
 
     Example: `with ProcessDecoder() as decoder: radiograph = decoder.submit(data).result()`.
@@ -106,6 +106,7 @@ class ProcessDecoder:
         *,
         keep_stored: bool = False,
         worker_limits: WorkerLimits = _DEFAULT_WORKER_LIMITS,
+        on_replaced: Callable[[], None] = lambda: None,
         _command: Sequence[str] = _COMMAND,
     ) -> None:
         if sys.platform != "linux":
@@ -115,6 +116,7 @@ class ProcessDecoder:
         self.workers = workers or max(1, len(os.sched_getaffinity(0)) - 1)
         self._limits = limits
         self._order = _Order(limits=limits, keep_stored=keep_stored, worker_limits=worker_limits)
+        self._on_replaced = on_replaced
         self._command = _command
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._closing = threading.Event()
@@ -184,6 +186,7 @@ class ProcessDecoder:
         while worker is not None and self._answer_next(worker):
             if not worker.alive:
                 worker.close()
+                self._on_replaced()
                 worker = self._started(number)
         if worker is not None:
             worker.close()

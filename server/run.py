@@ -31,7 +31,7 @@ def run(config: Config, announce: Callable[[str], None] | None = None) -> None:
         if isinstance(telemetry, Telemetry) and config.metrics.enabled:
             opened.enter_context(MetricsEndpoint(telemetry, config.metrics.host, config.metrics.port))
         audit = opened.enter_context(AuditLog(config.audit, telemetry)) if config.audit else None
-        decoder, workers = _decoder(config)
+        decoder, workers = _decoder(config, telemetry)
         opened.callback(decoder.close)
         serve(
             Models(
@@ -63,11 +63,17 @@ def _telemetry(config: Config) -> NullTelemetry:
     return Telemetry(traces) if traces or config.metrics.enabled else NullTelemetry()
 
 
-def _decoder(config: Config) -> tuple[Decoder, int]:
+def _decoder(config: Config, telemetry: NullTelemetry) -> tuple[Decoder, int]:
     """The decoder, and how many images it decodes at once. A GPU looks 16-bit values up itself."""
     options, keep_stored = config.decoding, (config.models.device or "").startswith("cuda")
     if options.processes:
-        processes = ProcessDecoder(options.workers, config.limits, keep_stored=keep_stored, worker_limits=options)
+        processes = ProcessDecoder(
+            options.workers,
+            config.limits,
+            keep_stored=keep_stored,
+            worker_limits=options,
+            on_replaced=telemetry.worker_restarted,
+        )
         return processes, processes.workers
     threads = ThreadDecoder(options.workers, config.limits, keep_stored=keep_stored)
     return threads, threads.workers

@@ -727,6 +727,10 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="8500 unless told otherwise; 0 takes a free one.")
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="8501 unless told otherwise; a second server needs another."),
+    ] = None,
     insecure: Annotated[
         bool | None,
         typer.Option(
@@ -768,6 +772,7 @@ def serve(
         "server.host": host,
         "server.port": port,
         "server.insecure": insecure,
+        "metrics.port": metrics_port,
     }
     loaded = load_config(config, {key: value for key, value in flags.items() if value is not None})
     if check:

@@ -278,7 +278,8 @@ def test_mutated_files_are_as_decoded_in_this_process(shared: ProcessDecoder) ->
 
 
 def test_a_worker_killed_over_an_image_costs_this_image(others: set[int], caplog: pytest.LogCaptureFixture) -> None:
-    with ProcessDecoder(1) as decoder:
+    replaced: list[None] = []
+    with ProcessDecoder(1, on_replaced=lambda: replaced.append(None)) as decoder:
         first = only_worker(others)
         os.kill(first, signal.SIGSTOP)
         lost, waiting = decoder.submit(PNG), decoder.submit(PNG)
@@ -290,6 +291,7 @@ def test_a_worker_killed_over_an_image_costs_this_image(others: set[int], caplog
         np.testing.assert_array_equal(waiting.result(WAIT).values, GRAY)
         assert only_worker(others) != first
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert len(replaced) == 1
 
 
 def test_a_worker_killed_idle_costs_nothing(others: set[int]) -> None:
