@@ -305,7 +305,7 @@ def _said_by(*command: str) -> str | None:
 
 
 def _print(report: dict[str, Any], device: str) -> None:
-    console = Console(width=150)
+    console = Console(width=150, markup=False)  # a path in an error's text, [/tmp/x], is no markup
     counts = Counter(test["outcome"] for test in report["tests"])
     table = Table(*("what", "measured", "target", "verdict", "floor", "note"), title=f"{device}, {report['date']}")
     for figure in report["figures"]:
@@ -327,10 +327,10 @@ def _print(report: dict[str, Any], device: str) -> None:
         console.print("tests: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     for test in report["tests"]:
         if test["outcome"] != "passed":
-            console.print(f"  {test['outcome']}: {test['test']}: {test.get('reason', '')[-300:]}", markup=False)
+            console.print(f"  {test['outcome']}: {test['test']}: {test.get('reason', '')[-300:]}")
     for part, ended in report["parts"].items():
         if ended["failed"]:
-            console.print(f"{part} failed after {ended['seconds']} s: {ended['failed']}", markup=False)
+            console.print(f"{part} failed after {ended['seconds']} s: {ended['failed']}")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,13 @@ def test_what_a_part_did_not_say_is_not_measured_and_why(tmp_path: Path) -> None
     json.dumps(found)
 
 
+def test_the_table_shows_an_errors_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = Outcome(part="peers", seconds=1.0, reason="ImportError: [/tmp/a.so] is missing", said=[])
+    gpu._print({"date": "2026-01-01", **summary([outcome])}, "a GPU")
+    printed = "".join(capsys.readouterr().out.split())
+    assert printed.count("ImportError:[/tmp/a.so]ismissing") == 1 + sum(t.part == "peers" for t in TARGETS)
+
+
 def test_each_test_is_reported_and_one_that_takes_its_process_down_hides_no_other(tmp_path: Path) -> None:
     file = tmp_path / "test_it.py"
     file.write_text(
