@@ -22,7 +22,7 @@ import grpc
 import msgspec
 
 from thoraxrt.engine.engine import read_image
-from thoraxrt.engine.errors import ConfigError, ImageError, RequestError, ServerError, ThoraxrtError
+from thoraxrt.engine.errors import AccessError, ConfigError, ImageError, RequestError, ServerError, ThoraxrtError
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
 from thoraxrt.server.batching import Priority
@@ -328,7 +328,7 @@ class _Calls:
                     # An idle stream is closed by the server: it is the caller who took that long.
                     if tries or error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
                         tries = tries or self._tries(math.inf)
-                        await self._pause(tries, _status_of(error))
+                        await self._recover(asked[first], options, tries, _status_of(error))
                     stream = self._stream()
                     for one in asked.values():
                         one.sent = False
@@ -368,9 +368,26 @@ class _Calls:
         else:
             one.answer = error
 
-    async def _called(self, method: str, request: Any, read: Callable[[Any], _T]) -> _T:
+    async def _recover(self, first: _Asked, options: Options, tries: _Tries, status: Status) -> None:
+        """Wait until the stream may be opened again. Raises what the status means where it may not.
+
+        Where the status does not tell which image ended the stream, if any did, a call for the first one alone does:
+        a message that is too large, and on asyncio (grpc/grpc#36066) whatever ended it while an image was being sent.
+        """
+        unclear = status.code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL)
+        if not unclear or PUSHBACK_KEY in dict(status.trailing_metadata):
+            return await self._pause(tries, status)
+        try:
+            request = request_from_image(await self._read(first.image), options)
+            first.answer = await self._called("Predict", request, reply_from_message, tries)
+        except (RequestError, AccessError):
+            raise
+        except ThoraxrtError as error:
+            first.answer = error
+
+    async def _called(self, method: str, request: Any, read: Callable[[Any], _T], tries: _Tries | None = None) -> _T:
         """What `read` makes of the response. Raises a ThoraxrtError."""
-        tries = self._tries()
+        tries = tries or self._tries()
         while True:
             try:
                 response = await self._wire.call(method, request, tries.deadline - time.monotonic(), self._metadata())

@@ -334,6 +334,24 @@ def test_both_clients_give_the_engines_answers_in_order(ask, address, engine, ra
     assert isinstance(answers[2], ImageFormatError)
 
 
+def test_a_message_that_is_too_large_is_one_images_error(ask, engine, radiograph):
+    images = [radiograph(0), bytes(200_000), radiograph(1), bytes(300_000), radiograph(2)]
+    with running_server(engine, ServeOptions(port=0, max_message_bytes=100_000)) as port:
+        answers = ask(f"127.0.0.1:{port}", "predict_many", images)
+    assert [type(answer) for answer in answers] == [Reply, ServerError, Reply, ServerError, Reply]
+    assert "message is too large" in str(answers[1])
+    assert answers[4].prediction.to_dict() == engine.predict_one(radiograph(2)).to_dict()
+
+
+def test_a_stream_that_is_refused_while_it_sends_says_why(ask, guarded):
+    address, ca, _ = guarded
+    for _ in range(10):
+        with pytest.raises(AuthenticationError, match="none that this server knows"):
+            ask(
+                address, "predict_many", [bytes(1 << 20)] * 9, tls=ClientTls(ca=ca), token="thoraxrt_000000000000_wrong"
+            )
+
+
 def test_a_study_has_one_answer_and_its_images_errors_keep_their_place(ask, address, engine, radiograph):
     study = ask(address, "predict_study", [radiograph(0), b"", radiograph(1)])
     first, error, last = study.answers
