@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from thoraxrt.engine.decode import Decoder, ThreadDecoder
+from thoraxrt.server.audit import AuditLog, AuditOptions
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.decoding import ProcessDecoder
 from thoraxrt.server.models import EngineOptions, Models
@@ -30,13 +31,15 @@ _SPAWN = multiprocessing.get_context("spawn")  # gRPC's threads do not survive a
 class Served:
     """The server, from its first answer to the end of the block; `address` is where it listens.
 
-    `processes` decodes in worker processes, otherwise in threads. Example: `with Served(path, EngineOptions()) as server:`.
+    `processes` decodes in worker processes, otherwise in threads; `audit` keeps a log. Example: `with Served(path, EngineOptions()) as server:`.
     Raises RuntimeError where it cannot be started: it has said why on stderr.
     """
 
-    def __init__(self, path: Path, engine: EngineOptions, *, processes: bool = True) -> None:
+    def __init__(
+        self, path: Path, engine: EngineOptions, *, processes: bool = True, audit: AuditOptions | None = None
+    ) -> None:
         self._connection, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_serve, args=(theirs, path, engine, processes))
+        self._process = _SPAWN.Process(target=_serve, args=(theirs, path, engine, processes, audit))
         self._process.start()
         theirs.close()
         try:
@@ -93,13 +96,21 @@ class _Counting(NullTelemetry):
         self.codes[code] += 1
 
 
-def _serve(connection: Connection, path: Path, engine: EngineOptions, processes: bool) -> None:
+def _serve(
+    connection: Connection, path: Path, engine: EngineOptions, processes: bool, audit: AuditOptions | None
+) -> None:
     telemetry = _Counting()
     decoder: Decoder = ProcessDecoder() if processes else ThreadDecoder()
     batching = BatchingOptions(workers=decoder.workers) if isinstance(decoder, ProcessDecoder) else BatchingOptions()
-    with decoder if isinstance(decoder, ProcessDecoder) else nullcontext():
+    with decoder, AuditLog(audit) if audit else nullcontext() as log:
         models = Models(path, decoder, batching, telemetry, engine=engine)
-        serve(models, ServeOptions(port=0), telemetry, announce=lambda line: connection.send(line.rpartition(" ")[2]))
+        serve(
+            models,
+            ServeOptions(port=0),
+            telemetry,
+            log,
+            announce=lambda line: connection.send(line.rpartition(" ")[2]),
+        )
     connection.send((dict(telemetry.calls), dict(telemetry.codes)))
 
 

@@ -3,9 +3,10 @@
 The scenario: a server in a process of its own, as `thoraxrt serve` runs it, and clients that behave in every way at
 once: single images, studies, streams, STAT and routine, files that are no images, messages that are none, deadlines too
 short, calls that are cancelled, connections that vanish. Meanwhile its decoding workers are killed and its bundle is
-replaced, now and then by a damaged one. The claims, each counted: every call ends once, with a status that it may have;
-every answer is that image's; the server's own books of calls begun and ended agree; memory and descriptors are in
-the end what they were. Exit status 1 where one does not hold. Linux only.
+replaced, now and then by a damaged one, and the audit log's disk is full for a while (where a file system can be
+mounted: as root). The claims, each counted: every call ends once, with a status that it may have;
+every answer is that image's; the server's own books of calls begun and ended agree; the audit log is whole; memory and
+descriptors are in the end what they were. Exit status 1 where one does not hold. Linux only.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import os
 import platform
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from io import BytesIO
@@ -42,6 +44,7 @@ from thoraxrt.export.phantoms import phantom
 from thoraxrt.export.publish import publish
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
+from thoraxrt.server.audit import AuditOptions, verify
 from thoraxrt.server.models import EngineOptions
 from thoraxrt.server.service import ORDER_KEY, PRIORITY_KEY
 from thoraxrt.server.status import ERROR_KEY
@@ -51,6 +54,9 @@ __all__ = ["Report", "main", "soak"]
 _CLIENTS: Final = 12
 _KILL_S: Final = 4.0
 _SWAP_S: Final = 3.0
+_FULL_S: Final = 5.0
+"""From one time that the disk is full to the next; a third of it, it is."""
+
 _WARM: Final = 1 / 3
 """Of the time, after which memory and descriptors should grow no more."""
 
@@ -62,7 +68,15 @@ _BAD: Final = (b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40))
 _KILLED: Final = "ended its process"
 
 _STATUS: Final = grpc.StatusCode
-_NOT_NOW: Final = {("RESOURCE_EXHAUSTED", "OverloadedError")}
+_NOT_NOW: Final = {("RESOURCE_EXHAUSTED", "OverloadedError"), ("UNAVAILABLE", "AuditError")}
+"""What any call may be told; AuditError while the disk of the audit log is full."""
+
+_UNSEEN: Final = "Internal error from Core"
+"""What grpc.aio's client says where the server ends a call that it is still writing to: its status stays unseen here,
+but not in the server's own books."""
+
+_DISK_BYTES: Final = 16 * 2**20
+_LOG_BYTES: Final = 2**20  # of each of the audit log's files, four of which are kept
 
 
 @dataclass(slots=True)
@@ -75,6 +89,8 @@ class Report:
     killed: int = 0
     hit: int = 0  # images whose worker was killed
     swapped: int = 0
+    filled: int = 0  # times that the audit log's disk was full
+    recorded: int = 0  # lines of the audit log
     seen: set[str] = field(default_factory=set)  # manifests that answered
     faults: list[str] = field(default_factory=list)
     memory_bytes: tuple[int, int] = (0, 0)  # after the warm-up, in the end
@@ -145,6 +161,9 @@ class _Traffic:
 
     def _failed(self, kind: str, error: grpc.aio.AioRpcError, allowed: set[tuple[str, str]]) -> None:
         name = str(dict(error.trailing_metadata() or ()).get(ERROR_KEY, ""))
+        if error.details() == _UNSEEN:
+            self._report.calls[kind, "unseen"] += 1
+            return
         self._report.calls[kind, error.code().name] += 1
         if not self._is_hit(name, error.details() or ""):
             self._report.claim((error.code().name, name) in allowed, f"{kind}: {error.code().name} {error.details()}")
@@ -213,7 +232,7 @@ class _Traffic:
                 if image:
                     self._check(kind, answer.response, image)
             elif not self._is_hit(answer.failure.error, answer.failure.message) and image:
-                refused = answer.failure.error == "OverloadedError"
+                refused = answer.failure.error in {error for _, error in _NOT_NOW}
                 self._report.claim(refused, f"{kind}: {answer.failure.error}: {answer.failure.message}")
 
     async def _bad(self, stub: Any) -> None:
@@ -249,7 +268,10 @@ class _Traffic:
         call.cancel()
         code = await call.code()
         self._report.calls["cancelled", code.name] += 1
-        self._report.claim(code in {_STATUS.OK, _STATUS.CANCELLED, _STATUS.RESOURCE_EXHAUSTED}, f"cancelled: {code}")
+        self._report.claim(
+            code in {_STATUS.OK, _STATUS.CANCELLED, _STATUS.RESOURCE_EXHAUSTED, _STATUS.UNAVAILABLE},
+            f"cancelled: {code}",
+        )
 
     async def _vanishing(self, stub: Any) -> None:
         """A stream whose connection is gone in the middle of it."""
@@ -270,12 +292,12 @@ def _channel(address: str) -> grpc.aio.Channel:
 
 
 async def _harm(
-    server: Served, folder: Path, bundles: Sequence[dict[str, bytes]], report: Report, until: float
+    server: Served, place: Path, bundles: Sequence[dict[str, bytes]], report: Report, until: float, *, disk: Path | None
 ) -> None:
-    """Kill workers and replace the bundle, by turns good and damaged."""
+    """Kill workers, replace the bundle, by turns good and damaged, and fill the disk."""
     randomly = random.Random(1)
     now = time.monotonic()
-    kill, swap = now + _KILL_S / 2, now + _SWAP_S / 2
+    kill, swap, fill = now + _KILL_S / 2, now + _SWAP_S / 2, now + _FULL_S / 2
     while (now := time.monotonic()) < until:
         if now >= kill:
             for pid in server.children()[:1]:
@@ -284,11 +306,42 @@ async def _harm(
                     report.killed += 1
             kill = now + randomly.uniform(0.5, 1.5) * _KILL_S
         if now >= swap:
-            await asyncio.to_thread(publish, bundles[report.swapped % len(bundles)], folder, replace=True)
+            await asyncio.to_thread(publish, bundles[report.swapped % len(bundles)], place / "served", replace=True)
             server.refresh()
             report.swapped += 1
             swap = now + _SWAP_S
+        if disk and now >= fill:
+            filler = disk / "filler"
+            if filler.exists():
+                filler.unlink()
+                fill = now + 2 / 3 * _FULL_S
+            else:
+                _fill(filler)
+                report.filled += 1
+                fill = now + _FULL_S / 3
         await asyncio.sleep(0.05)
+    if disk:
+        (disk / "filler").unlink(missing_ok=True)
+
+
+def _fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:  # until there is no more room
+        while True:
+            file.write(bytes(4096))
+
+
+@contextlib.contextmanager
+def _disk(place: Path) -> Iterator[Path | None]:
+    """A small file system of its own; None where none may be mounted."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        yield None
+        return
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def soak(bundle: Bundle, images: Sequence[bytes], seconds: float, *, backend: str | None = None) -> Report:
@@ -299,16 +352,20 @@ def soak(bundle: Bundle, images: Sequence[bytes], seconds: float, *, backend: st
         for data in images:
             said = engine.predict_one(data)
             expected.append(_Expected(data, said.width, said.height, [finding.logit for finding in said.findings]))
-    with tempfile.TemporaryDirectory() as place:
-        folder, bundles = Path(place) / "served", _bundles(bundle)
-        publish(bundles[0], folder, replace=False)
-        with Served(folder, options) as server:
+    with tempfile.TemporaryDirectory() as name, _disk(Path(name) / "disk") as disk:
+        place, bundles = Path(name), _bundles(bundle)
+        publish(bundles[0], place / "served", replace=False)
+        audit = AuditOptions(path=(disk or place) / "audit.jsonl", max_bytes=_LOG_BYTES, keep=4, sync_ms=50.0)
+        with Served(place / "served", options, audit=audit) as server:
             began = time.monotonic()
-            asyncio.run(_phase(server, folder, bundles[1:], expected, report, began + _WARM * seconds, seed=0))
+            asyncio.run(
+                _phase(server, place, bundles[1:], expected, report, began + _WARM * seconds, seed=0, disk=disk)
+            )
             before = _taken(server)
-            asyncio.run(_phase(server, folder, bundles, expected, report, began + seconds, seed=1))
+            asyncio.run(_phase(server, place, bundles, expected, report, began + seconds, seed=1, disk=disk))
             after = _taken(server)
             begun, answered, status = server.stop()
+        report.recorded = verify(audit.path).last
     report.memory_bytes, report.descriptors = (before[0], after[0]), (before[1], after[1])
     report.claim(after[0] < 1.25 * before[0] + 2**26, f"memory has grown: {before[0]} to {after[0]} bytes")
     report.claim(after[1] <= before[1] + 8, f"descriptors have grown: {before[1]} to {after[1]}")
@@ -316,6 +373,7 @@ def soak(bundle: Bundle, images: Sequence[bytes], seconds: float, *, backend: st
     report.claim(not answered.keys() & {"UNKNOWN", "INTERNAL"}, f"statuses of faults: {answered}")
     report.claim(report.hit <= report.killed, f"{report.hit} images lost to {report.killed} killed workers")
     report.claim(report.images > 0 and report.killed > 0 and report.swapped > 0, "nothing has happened")
+    report.claim(report.recorded >= report.images, f"{report.recorded} lines in the audit log")
     report.claim(len(report.seen) > 1, "no replaced bundle has answered")
     report.claim(status == 0, f"the server ended with exit status {status}")
     return report
@@ -323,17 +381,18 @@ def soak(bundle: Bundle, images: Sequence[bytes], seconds: float, *, backend: st
 
 async def _phase(
     server: Served,
-    folder: Path,
+    place: Path,
     bundles: Sequence[dict[str, bytes]],
     images: Sequence[_Expected],
     report: Report,
     until: float,
     *,
     seed: int,
+    disk: Path | None,
 ) -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(_Traffic(server.address, images, report, seed).run(until))
-        group.create_task(_harm(server, folder, bundles, report, until))
+        group.create_task(_harm(server, place, bundles, report, until, disk=disk))
 
 
 def _taken(server: Served) -> tuple[int, int]:
@@ -372,6 +431,7 @@ def main(
     console.print(table)
     console.print(
         f"{report.killed} workers killed, {report.hit} images lost to it; {report.swapped} bundles put in place; "
+        f"disk full {report.filled} times, {report.recorded} lines in the audit log; "
         f"memory {report.memory_bytes[0] / 2**20:.0f} to {report.memory_bytes[1] / 2**20:.0f} MiB, "
         f"descriptors {report.descriptors[0]} to {report.descriptors[1]}"
     )
@@ -380,7 +440,7 @@ def main(
     machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "date": str(date.today())}
     said: dict[str, Any] = {"scenario": "soak", **machine, "bundle": opened.sha256, "seconds": report.seconds}
     said["calls"] = {f"{kind} {status}": count for (kind, status), count in sorted(report.calls.items())}
-    for name in ("images", "killed", "hit", "swapped", "memory_bytes", "descriptors"):
+    for name in ("images", "killed", "hit", "swapped", "filled", "recorded", "memory_bytes", "descriptors"):
         said[name] = getattr(report, name)
     print(json.dumps({**said, "faults": Counter(report.faults)}))
     sys.exit(1 if report.faults else 0)
