@@ -136,16 +136,18 @@ def _compared(
                 for name, (target, requests) in targets.items():
                     got = load.closed(target, requests, concurrency, _IMAGES)
                     if number:  # the first round is not counted
-                        rates.setdefault((name, concurrency), []).append(_rate(got))
                         answers.setdefault((name, concurrency), []).extend(got)
+                        good = [answer for answer in got if answer.status == "OK"]  # a peer may fail under load
+                        rates.setdefault((name, concurrency), []).append(_rate(good) if good else 0.0)
     return [
         {
             "name": name,
             "concurrency": concurrency,
             "per_s": statistics.median(own),
             "p99_ms": _percentile_ms(answers[name, concurrency], 99),
+            "statuses": dict(Counter(answer.status for answer in answers[name, concurrency])),
             "thoraxrt_to_it": statistics.median(
-                t / o for t, o in zip(rates["thoraxrt", concurrency], own, strict=True)
+                t / max(o, 1e-9) for t, o in zip(rates["thoraxrt", concurrency], own, strict=True)
             ),
         }
         for (name, concurrency), own in rates.items()
@@ -333,7 +335,7 @@ def main(
     for peer in compared:
         table.add_row(
             f"{peer['name']}, {peer['concurrency']} at a time",
-            f"{peer['per_s']:.1f} images/s, p99 {peer['p99_ms']:.0f} ms; thoraxrt to it",
+            f"{peer['per_s']:.1f} images/s, p99 {peer['p99_ms']:.0f} ms, {peer['statuses']}; thoraxrt to it",
             f"{peer['thoraxrt_to_it']:.2f}",
             "> 1" if peer["name"] != "thoraxrt" else "",
             "" if peer["name"] == "thoraxrt" else "met" if peer["thoraxrt_to_it"] > 1 else "missed",
