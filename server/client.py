@@ -54,7 +54,7 @@ _LONGEST_WAIT_S: Final = 5.0
 """Between two attempts: it doubles from the first to the longest."""
 
 _JITTER: Final = 0.2
-"""What waits longer by a random share up to this, so that clients refused together do not return together."""
+"""A wait is longer by a random share up to this, so that clients refused together do not return together."""
 
 _CHANNEL_OPTIONS: Final = (
     ("grpc.enable_http_proxy", 0),  # an image goes where the caller says and nowhere else
@@ -272,6 +272,8 @@ class _Calls:
                 f"the token would travel to {address} unencrypted, for others to read; expected tls, or insecure where "
                 "something else protects it"
             )
+        if model is not None and not (model.isascii() and model.isprintable()):
+            raise RequestError(f"the model is {model[:40]!r}; expected printable ASCII, which is all that gRPC sends")
         said = {
             "thoraxrt-model": model,
             "thoraxrt-model-version": version,
