@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -193,6 +194,13 @@ class Network:
                 if (found := tuple(context.get_tensor_shape(name))) != shape:
                     raise self._misfit(f"{name} is {found} for batches of {bucket}", shape)
         self._stream.synchronize()
+        self._try()
+
+    def _try(self) -> None:
+        """Run every bucket once, on memory given back at once: a plan that loads may still fail here, and another not."""
+        sizes = {name: int(np.prod(shape)) for name, shape in self.shapes(self.buckets[-1]).items()}
+        with ExitStack() as held:
+            self.bind(**{name: held.enter_context(self._gpu.memory(4 * size)).address for name, size in sizes.items()})
 
     def shapes(self, bucket: int) -> dict[str, tuple[int, ...]]:
         """The tensors' shapes at a batch size: `image` uint8, `logits` and `cam` float32, all C-contiguous."""
@@ -256,6 +264,7 @@ class Network:
             open_for = ", ".join(map(str, self._contexts)) or "nothing, it is closed"
             raise BackendError(f"no context for batches of {bucket}: the tensorrt backend is open for {open_for}")
         if not context.execute_async_v3(stream):
+            del context  # the error's traceback would keep it beyond `close`
             raise _failure(f"did not run a batch of {bucket}", self._logger)
 
     def layers(self) -> str:

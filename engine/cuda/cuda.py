@@ -144,7 +144,11 @@ class Gpu:
             gpus = _open.setdefault(index, weakref.WeakSet())
             if index in _lost:
                 _reset(index, len(gpus))
-            gpu = cls(index, core.Device(index))
+            try:
+                gpu = cls(index, core.Device(index))
+            except DeviceError:
+                _lost.discard(index)  # there is no context yet that could be: a GPU in exclusive use, say
+                raise
             gpus.add(gpu)
         return gpu
 
@@ -604,13 +608,11 @@ class DevicePixels(NamedTuple):
     pitch: int
     width: int
     height: int
-    dtype: np.dtype[Any]
-    """uint8 or uint16."""
     owner: object
 
 
 def pixels_from_array(array: object, stream: Stream) -> DevicePixels:
-    """A device array's pixels, not copied: uint8 or uint16 `(H, W)`, rows at any pitch, pixels side by side.
+    """A device array's pixels, not copied: uint8 `(H, W)`, rows at any pitch, pixels side by side.
 
     `array` speaks `__cuda_array_interface__` or DLPack and lies on the stream's device, in its
     primary context (those of torch and CuPy do; PyCUDA's with `pycuda.autoprimaryctx`). What its
@@ -626,19 +628,18 @@ def pixels_from_array(array: object, stream: Stream) -> DevicePixels:
                 raise
             raise ImageContentError(
                 f"a {type(array).__name__} is no device array: {error}; "
-                "expected uint8 or uint16 (H, W) by __cuda_array_interface__ or DLPack"
+                "expected uint8 (H, W) by __cuda_array_interface__ or DLPack"
             ) from error
     if view.device_id != gpu.index:
         where = f"cuda:{view.device_id}" if view.device_id >= 0 else "the host"
         raise ImageContentError(f"the array lies on {where}, the engine runs on {gpu}: copy it there first")
-    if view.dtype not in (np.uint8, np.uint16) or len(view.shape) != 2 or 0 in view.shape:
-        raise ImageContentError(f"a device array is {view.dtype} {view.shape}: expected uint8 or uint16 (H, W)")
+    if view.dtype != np.uint8 or len(view.shape) != 2 or 0 in view.shape:
+        raise ImageContentError(f"a device array is {view.dtype} {view.shape}: expected uint8 (H, W)")
     height, width = view.shape
-    size = view.dtype.itemsize
     rows, columns = view.strides or (width, 1)  # in pixels
     if (columns != 1 and width > 1) or (rows < width and height > 1):
         raise ImageContentError(
-            f"a device array has strides of {rows * size} and {columns * size} bytes: expected rows one after "
-            f"another and pixels side by side, {size} bytes each; make a contiguous copy"
+            f"a device array has strides of {rows} and {columns} bytes: expected rows one after "
+            "another and pixels side by side; make a contiguous copy"
         )
-    return DevicePixels(view.ptr, max(rows, width) * size, width, height, view.dtype, view)
+    return DevicePixels(view.ptr, max(rows, width), width, height, view)

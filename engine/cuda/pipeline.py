@@ -20,7 +20,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from operator import itemgetter
 from types import TracebackType
@@ -281,7 +281,7 @@ class Pipeline:
         elif isinstance(image, NetworkInput):
             key = (image.array.dtype.char, image.array.shape, "resized")
         else:
-            key = (image.dtype.char, (image.height, image.width), image.pitch)
+            key = ("B", (image.height, image.width), image.pitch)
         return self._kinds.get(key) or self._new_kind(key, image)
 
     def _new_kind(self, key: tuple[Any, ...], image: Image) -> _Kind:
@@ -370,12 +370,15 @@ class Pipeline:
             else:
                 rows.append((number, image.address, 0))
         copying = self._copy_pieces(slot.staging.array, packing)
-        numbers, pixels, table = np.array(rows, np.uint64).T  # (count,) each
-        slot.images[:count] = np.array(templates, kernels.IMAGE)[numbers.astype(np.intp)]
-        slot.images["pixels"][:count] += pixels
-        slot.images["table"][:count] = table
-        slot.images[count:] = np.zeros((), kernels.IMAGE)
-        slot.wanted[:count], slot.wanted[count:] = wanted, 0
+        try:
+            numbers, pixels, table = np.array(rows, np.uint64).T  # (count,) each
+            slot.images[:count] = np.array(templates, kernels.IMAGE)[numbers.astype(np.intp)]
+            slot.images["pixels"][:count] += pixels
+            slot.images["table"][:count] = table
+            slot.images[count:] = np.zeros((), kernels.IMAGE)
+            slot.wanted[:count], slot.wanted[count:] = wanted, 0
+        finally:
+            wait(copying)  # also where this is interrupted: the slot may be used again
         for future in copying:
             future.result()
         return packing.top
@@ -468,7 +471,7 @@ class Pipeline:
                 self._free.append(slot)
         except DeviceError as failure:
             lost = failure
-        batch.fail(error)
+        batch.fail(lost or error)
         if lost is not None:
             self._lost = lost
             for other in self._flying:
@@ -666,9 +669,10 @@ class _Clock:
         self, profile: Profile, lane: str, stages: Sequence[str], events: Sequence[Event], **detail: int
     ) -> None:
         """Each stage from one event to the next."""
-        times = [event.milliseconds_since(self._origin) / 1e3 for event in events]
-        for stage, start, end in zip(stages, times, times[1:], strict=False):
-            profile.record(lane, stage, self._start + start, end - start, **detail)
+        for stage, begun, ended in zip(stages, events, events[1:], strict=False):
+            start = self._start + begun.milliseconds_since(self._origin) / 1e3
+            # Not a difference of two times since the origin: those are float32, and coarse after a minute.
+            profile.record(lane, stage, start, ended.milliseconds_since(begun) / 1e3, **detail)
 
 
 def _nvtx_range() -> Callable[[str], contextlib.AbstractContextManager[Any]]:

@@ -69,6 +69,12 @@ class HostThing:
     def close(self) -> None:
         self._gpu.held.discard(self)
 
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class HostMemory(HostThing):
     def __init__(self, gpu: HostGpu, size: int) -> None:

@@ -560,27 +560,27 @@ class Exchanged:
 def test_device_arrays_are_taken_as_they_lie(driver: Any) -> None:
     with Gpu.open(0) as gpu, gpu.stream() as stream:
         memory = gpu.memory(4096)
-        for array, pitch, width, height, dtype in (
-            (Array(memory.address, (30, 40)), 40, 40, 30, np.uint8),
-            (Array(memory.address, (30, 40), (64, 1)), 64, 40, 30, np.uint8),
-            (Array(memory.address, (30, 40), (96, 2), "<u2"), 96, 40, 30, np.uint16),
-            (Array(memory.address, (1, 40), (7, 1)), 40, 40, 1, np.uint8),
-            (Array(memory.address, (30, 1), (8, 8)), 8, 1, 30, np.uint8),
-            (Exchanged(memory, (30, 40), np.uint16), 80, 40, 30, np.uint16),
+        for array, pitch, width, height in (
+            (Array(memory.address, (30, 40)), 40, 40, 30),
+            (Array(memory.address, (30, 40), (64, 1)), 64, 40, 30),
+            (Array(memory.address, (1, 40), (7, 1)), 40, 40, 1),
+            (Array(memory.address, (30, 1), (8, 8)), 8, 1, 30),
+            (Exchanged(memory, (30, 40), np.uint8), 40, 40, 30),
         ):
             pixels = pixels_from_array(array, stream)
-            assert pixels == DevicePixels(memory.address, pitch, width, height, np.dtype(dtype), pixels.owner)
+            assert pixels == DevicePixels(memory.address, pitch, width, height, pixels.owner)
 
 
 def test_device_arrays_that_are_refused(driver: Any) -> None:
     with Gpu.open(0) as gpu, Gpu.open(1) as other, gpu.stream() as stream:
         here, there = gpu.memory(4096).address, other.memory(4096).address
         for array, expected in (
-            (Array(here, (3, 30, 40)), r"uint8 \(3, 30, 40\): expected uint8 or uint16 \(H, W\)"),
+            (Array(here, (3, 30, 40)), r"uint8 \(3, 30, 40\): expected uint8 \(H, W\)"),
             (Array(here, (0, 40)), r"uint8 \(0, 40\)"),
             (Array(here, (10, 10), None, "<f4"), r"float32 \(10, 10\)"),
             (Array(here, (10, 10), None, "|i1"), r"int8 \(10, 10\)"),
-            (Array(here, (10, 10), (20, 2)), "strides of 20 and 2 bytes: expected rows .* 1 bytes each"),
+            (Array(here, (10, 10), None, "<u2"), r"uint16 \(10, 10\)"),
+            (Array(here, (10, 10), (20, 2)), "strides of 20 and 2 bytes: expected rows"),
             (Array(here, (10, 10), (1, 10)), "strides of 1 and 10 bytes"),
             (Array(here, (10, 10), (5, 1)), "strides of 5 and 1 bytes"),
             (Array(here + 1000, (10, 10), (-10, 1)), "strides of -10 and 1 bytes"),
