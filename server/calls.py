@@ -21,7 +21,7 @@ from thoraxrt.server.scheduler import FaultError
 from thoraxrt.server.status import Status, fault, status_from_error
 from thoraxrt.server.telemetry import NullTelemetry
 
-__all__ = ["Calls", "status_from_exception"]
+__all__ = ["Calls", "status_from_exception", "whole"]
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +104,19 @@ class Calls(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
         return wrapped
+
+
+async def whole(writing: Awaitable[None]) -> None:
+    """Wait for a write to its end, also where cancelled meanwhile.
+
+    While one is under way, gRPC sends no status: the call would stay open, and its client wait for ever.
+    """
+    task = asyncio.ensure_future(writing)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)
+        raise
 
 
 async def _aborted(context: Any, status: Status) -> None:

@@ -28,7 +28,7 @@ from thoraxrt.proto.oip import open_inference_pb2 as pb
 from thoraxrt.proto.oip import open_inference_pb2_grpc
 from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import Priority
-from thoraxrt.server.calls import status_from_exception
+from thoraxrt.server.calls import status_from_exception, whole
 from thoraxrt.server.models import Loaded, ModelStatus
 from thoraxrt.server.service import Lender, audited, client_of
 from thoraxrt.server.telemetry import NullTelemetry, Telemetry
@@ -154,14 +154,17 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
                     error_message=said, infer_response=pb.ModelInferResponse(id=request.id)
                 )
             async with writing:
-                await context.write(response)
+                await whole(context.write(response))
 
-        async with asyncio.TaskGroup() as answering:
-            await room.acquire()
-            async for request in requests:
-                task = answering.create_task(answer(request))
-                task.add_done_callback(lambda _: room.release())
-                await room.acquire()  # before the next one is read
+        try:
+            async with asyncio.TaskGroup() as answering:
+                await room.acquire()
+                async for request in requests:
+                    task = answering.create_task(answer(request))
+                    task.add_done_callback(lambda _: room.release())
+                    await room.acquire()  # before the next one is read
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
 
     async def ModelStatistics(  # noqa: N802
         self, request: pb.ModelStatisticsRequest, context: _Context

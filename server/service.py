@@ -28,7 +28,7 @@ from thoraxrt.engine.preprocess import PreprocessSpec
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import Priority, Ticket
-from thoraxrt.server.calls import status_from_exception
+from thoraxrt.server.calls import status_from_exception, whole
 from thoraxrt.server.models import Loaded
 from thoraxrt.server.principal import ANONYMOUS, current_principal
 from thoraxrt.server.status import Status
@@ -428,7 +428,7 @@ class _Stream:
             await turn.wait()
         began = time.perf_counter()
         async with self._writing:
-            await self._write(data)
+            await whole(self._write(data))
         if not isinstance(admitted, Status):
             self._service._telemetry.stage(admitted[0].name, "write", time.perf_counter() - began)
 
