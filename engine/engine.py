@@ -25,6 +25,7 @@ from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Decoder, Radiograph, ThreadDecoder
 from thoraxrt.engine.errors import BackendError, ImageError, ImageFormatError, RequestError, ThoraxrtError
 from thoraxrt.engine.execute import (
+    DeviceMemory,
     DeviceRadiograph,
     Executor,
     NetworkInput,
@@ -266,6 +267,10 @@ class Engine:
             raise RequestError(
                 f"unknown finding {', '.join(unknown)}; this model knows {', '.join(self.manifest.labels)}"
             )
+
+    def device_memory(self) -> DeviceMemory | None:
+        """The memory of the GPU that it runs on; None on a CPU. Raises DeviceError where that is lost."""
+        return self._executor.device_memory()
 
     def close(self) -> None:
         """Stop the decoder's workers and free the network; closing twice is harmless."""

@@ -26,6 +26,7 @@ from thoraxrt.engine.profile import Profile, span
 __all__ = [
     "Answers",
     "DeviceBackend",
+    "DeviceMemory",
     "DeviceRadiograph",
     "Executor",
     "HostExecutor",
@@ -109,6 +110,14 @@ class Output(NamedTuple):
     cam: npt.NDArray[np.float32] | None  # (C, h, w)
 
 
+class DeviceMemory(NamedTuple):
+    """One GPU's memory in bytes, whoever uses it."""
+
+    gpu: str
+    used: int
+    total: int
+
+
 Answers = list[Output | ThoraxrtError]
 """One per image, in order."""
 
@@ -148,6 +157,9 @@ class Executor(Protocol):
 
         What fails, fails in the answers.
         """
+
+    def device_memory(self) -> DeviceMemory | None:
+        """The GPU's memory; None on a CPU. Any thread may ask. Raises DeviceError."""
 
     def close(self) -> None:
         """Free the network and the device; closing twice is harmless."""
@@ -251,6 +263,9 @@ class HostExecutor:
     def _span(self, stage: str, images: Sequence[Any]) -> Any:
         return span(self._profile, "network", stage, images=len(images))
 
+    def device_memory(self) -> None:
+        """See `Executor.device_memory`."""
+
     def close(self) -> None:
         """See `Executor.close`."""
         self._backend.close()
@@ -328,6 +343,10 @@ class Reopening:
             self._current = self._fall_back()
             _log.error("the GPU was lost (%s); going on with %s %s", error, self.backend, self.precision)
         self._lost = False
+
+    def device_memory(self) -> DeviceMemory | None:
+        """See `Executor.device_memory`."""
+        return self._current.device_memory()
 
     def close(self) -> None:
         """See `Executor.close`."""

@@ -29,6 +29,7 @@ from thoraxrt.engine.bundle import MANIFEST, Bundle
 from thoraxrt.engine.decode import Decoder, Radiograph
 from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.errors import BackendError, BundleError, ModelNotFoundError, ServerError, ThoraxrtError
+from thoraxrt.engine.execute import DeviceMemory
 from thoraxrt.server import scheduler
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.scheduler import Scheduler
@@ -236,6 +237,13 @@ class Models:
     def index(self) -> list[ModelStatus]:
         """Every version that is served, was to be, or is not by request; by name and version."""
         return [slot.status(name, version) for name, version, slot in self._all()]
+
+    def device_memory(self) -> list[DeviceMemory]:
+        """The memory of each GPU that a model runs on; any thread may ask. Raises DeviceError where one is lost."""
+        slots = [slot for slots in list(self._slots.values()) for slot in list(slots.values())]
+        engines = [served.loaded.engine for slot in slots if (served := slot.served)]
+        found = [memory for engine in engines if (memory := engine.device_memory())]
+        return list({memory.gpu: memory for memory in found}.values())
 
     def _all(self) -> list[tuple[str, int, _Slot]]:
         return [(name, v, slot) for name, slots in sorted(self._slots.items()) for v, slot in sorted(slots.items())]

@@ -23,7 +23,7 @@ def run(config: Config, announce: Callable[[str], None] | None = None) -> None:
     `announce` gets one line once requests are answered, see `serve`. Raises what keeps the server from starting:
     ServerError, BundleError, BackendError, RequestError, ConfigError, AuditError.
     """
-    server, models = config.server, config.models
+    server, options = config.server, config.models
     with ExitStack() as opened:
         opened.enter_context(logging_to_stderr(config.logging.level, as_json=config.logging.json))
         telemetry = _telemetry(config)
@@ -33,17 +33,19 @@ def run(config: Config, announce: Callable[[str], None] | None = None) -> None:
         audit = opened.enter_context(AuditLog(config.audit, telemetry)) if config.audit else None
         decoder, workers = _decoder(config, telemetry)
         opened.callback(decoder.close)
+        models = Models(
+            options.path,
+            decoder,
+            replace(config.batching, workers=workers),
+            telemetry,
+            engine=options,
+            latest=None if options.latest == "all" else options.latest,
+            grace_s=server.grace_s,
+            poll_s=options.poll_s,
+        )
+        telemetry.gpu_memory(models.device_memory)
         serve(
-            Models(
-                models.path,
-                decoder,
-                replace(config.batching, workers=workers),
-                telemetry,
-                engine=models,
-                latest=None if models.latest == "all" else models.latest,
-                grace_s=server.grace_s,
-                poll_s=models.poll_s,
-            ),
+            models,
             ServeOptions(
                 host=server.host,
                 port=server.port,

@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import ThreadingHTTPServer
 from types import TracebackType
@@ -31,13 +30,13 @@ from prometheus_client.registry import Collector
 
 from thoraxrt import __version__
 from thoraxrt.engine.errors import BackendError, BackendUnavailableError, ServerError
+from thoraxrt.engine.execute import DeviceMemory
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 __all__ = [
     "SPAN_ATTRIBUTES",
-    "GpuMemory",
     "MetricsEndpoint",
     "NullTelemetry",
     "Telemetry",
@@ -71,15 +70,6 @@ _TEMPLATES: Final = frozenset({"asyncio", "grpc"})
 
 _CALL_LOG: Final = logging.getLogger("thoraxrt.server.calls")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuMemory:
-    """One GPU's memory in bytes."""
-
-    gpu: str
-    used: int
-    total: int
 
 
 class NullTelemetry:
@@ -122,7 +112,7 @@ class NullTelemetry:
     def audit_failed(self) -> None:
         """An audit record could not be written."""
 
-    def gpu_memory(self, read: Callable[[], Iterable[GpuMemory]]) -> None:
+    def gpu_memory(self, read: Callable[[], Iterable[DeviceMemory]]) -> None:
         """Ask `read` at every scrape, in the scrape's thread; a BackendError from it leaves the GPUs out."""
 
     def span(
@@ -235,7 +225,7 @@ class Telemetry(NullTelemetry):
         """See NullTelemetry."""
         self._audit_failures.inc()
 
-    def gpu_memory(self, read: Callable[[], Iterable[GpuMemory]]) -> None:
+    def gpu_memory(self, read: Callable[[], Iterable[DeviceMemory]]) -> None:
         """See NullTelemetry."""
         self.registry.register(_GpuCollector(read))
 
@@ -275,7 +265,7 @@ class Telemetry(NullTelemetry):
 
 
 class _GpuCollector(Collector):
-    def __init__(self, read: Callable[[], Iterable[GpuMemory]]) -> None:
+    def __init__(self, read: Callable[[], Iterable[DeviceMemory]]) -> None:
         self._read = read
 
     def describe(self) -> Iterable[GaugeMetricFamily]:

@@ -12,7 +12,7 @@ from thoraxrt.engine.bundle import Manifest
 from thoraxrt.engine.cuda.cuda import Gpu
 from thoraxrt.engine.cuda.pipeline import Image, InFlight, Network, Pipeline, Stored
 from thoraxrt.engine.errors import DeviceError, ThoraxrtError
-from thoraxrt.engine.execute import Answers, DeviceRadiograph, NetworkInput, Pending, Picture
+from thoraxrt.engine.execute import Answers, DeviceMemory, DeviceRadiograph, NetworkInput, Pending, Picture
 from thoraxrt.engine.postprocess import Softmax, thresholds
 from thoraxrt.engine.profile import Profile
 
@@ -98,6 +98,12 @@ class PipelineExecutor:
         if isinstance(picture, NetworkInput):
             return picture
         return picture.pixels if picture.table is None else Stored(picture.values, picture.table)  # type: ignore[arg-type]
+
+    def device_memory(self) -> DeviceMemory:
+        """See `Executor.device_memory`."""
+        gpu = self._backend.gpu
+        total = gpu.total_bytes()
+        return DeviceMemory(str(gpu), total - gpu.free_bytes(), total)
 
     def close(self) -> None:
         """See `Executor.close`."""

@@ -60,6 +60,9 @@ class FakeDevice:
             return Answered([DeviceError("the device fell off the bus", lost=True)] * len(pictures))
         return Answered([Output(np.full(self.labels, p.width, np.float32), (), None) for p in pictures])
 
+    def device_memory(self) -> None:
+        return None
+
     def close(self) -> None:
         self.closed += 1
 

@@ -204,6 +204,7 @@ def test_the_highest_versions_of_each_model_are_served(
                 assert loaded.engine.bundle is loaded.bundle
             assert served(models, "other") == other
             assert models.ready()
+            assert models.device_memory() == []  # on a CPU
             assert models.ready("tiny")
             assert not models.ready("tiny", 9)
             assert not models.ready("nobody")

@@ -22,9 +22,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from thoraxrt.engine.errors import BackendUnavailableError, DeviceError, ServerError
+from thoraxrt.engine.execute import DeviceMemory
 from thoraxrt.server import telemetry as module
 from thoraxrt.server.telemetry import (
-    GpuMemory,
     MetricsEndpoint,
     NullTelemetry,
     Telemetry,
@@ -116,9 +116,9 @@ def test_one_model_version_has_one_info_until_it_is_unloaded(telemetry, endpoint
 
 
 def test_gpu_memory_is_read_at_each_scrape_and_left_out_where_the_gpu_is_lost(telemetry, endpoint):
-    answers = iter([[GpuMemory(gpu="0", used=3, total=8)], DeviceError("gone", lost=True), []])
+    answers = iter([[DeviceMemory(gpu="0", used=3, total=8)], DeviceError("gone", lost=True), []])
 
-    def read() -> list[GpuMemory]:
+    def read() -> list[DeviceMemory]:
         answer = next(answers)
         if isinstance(answer, DeviceError):
             raise answer

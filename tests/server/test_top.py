@@ -22,7 +22,8 @@ from prometheus_client import generate_latest
 from rich.console import Console
 
 from thoraxrt.engine.errors import ServerError
-from thoraxrt.server.telemetry import GpuMemory, MetricsEndpoint, Telemetry
+from thoraxrt.engine.execute import DeviceMemory
+from thoraxrt.server.telemetry import MetricsEndpoint, Telemetry
 from thoraxrt.server.top import Scrape, quantile, screen, top, window
 
 PREDICT = "/thoraxrt.v1.PredictionService/Predict"
@@ -57,7 +58,7 @@ def busy() -> Telemetry:
         telemetry.batch("chexnet", size)
     telemetry.queue("chexnet", 5)
     telemetry.refused("chexnet", "deadline")
-    telemetry.gpu_memory(lambda: [GpuMemory(gpu="0", used=3 * 2**30, total=8 * 2**30)])
+    telemetry.gpu_memory(lambda: [DeviceMemory(gpu="0", used=3 * 2**30, total=8 * 2**30)])
     return telemetry
 
 

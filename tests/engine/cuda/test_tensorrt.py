@@ -183,6 +183,10 @@ def test_an_engine_on_the_gpu_answers_as_one_on_the_cpu(trt: Any, bundle: Bundle
         with Engine.open(bundle, device="cuda:0", batch=4) as engine, Gpu.open(0) as gpu:
             assert (engine.backend, engine.precision, engine.ahead) == ("tensorrt", "fp32", 2)
             assert engine.buckets == BUCKETS
+            memory = engine.device_memory()
+            assert memory is not None
+            assert memory.gpu == "cuda:0"
+            assert 0 < memory.used < memory.total
             answers = list(engine.predict(sources, cam=True))
             there = DeviceRadiograph(OnDevice(gpu, pictures[0].pixels))
             elsewhere = DeviceRadiograph(pictures[0].pixels.astype(np.float32))
