@@ -145,7 +145,9 @@ def test_signing_and_requiring_it(
     thoraxrt("info", bundle, "--require-signature", public)
     with (bundle / "manifest.sig").open("r+b") as file:
         os.fchmod(file.fileno(), 0o644)
-        file.write(bytes(1))
+        (first,) = file.read(1)
+        file.seek(0)
+        file.write(bytes([first ^ 1]))
     assert (
         "no trusted signature in manifest.sig"
         in thoraxrt("info", bundle, "--require-signature", public, status=2).stderr

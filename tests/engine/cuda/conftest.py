@@ -24,9 +24,9 @@ def helper(name: str) -> ModuleType:
     return sys.modules[name]
 
 
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Tests under the software driver run in a child; see driver.py."""
-    return helper("driver").run_in_child(item) or None
+    return helper("driver").run_in_child(item, nextitem) or None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -120,7 +120,7 @@ def build(folder: Path) -> Path:
     return made
 
 
-def run_in_child(item: pytest.Item) -> bool:
+def run_in_child(item: pytest.Item, following: pytest.Item | None) -> bool:
     """For `pytest_runtest_protocol`: report what the child said of a test that asks for `driver`; whether it does."""
     if in_child() or "driver" not in getattr(item, "fixturenames", ()) or compiler() is None:
         return False
@@ -132,6 +132,8 @@ def run_in_child(item: pytest.Item) -> bool:
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What the test before it left set up for this one, which does without, is not what the next one needs.
+    item.session._setupstate.teardown_exact(following)
     return True
 
 
