@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from thoraxrt.engine.execute import DeviceMemory
 from thoraxrt.server.config import Config, check, exit_status, load_config
-from thoraxrt.server.telemetry import GpuMemory, Telemetry
+from thoraxrt.server.telemetry import Telemetry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "server" / "deploy"
@@ -229,7 +230,7 @@ def test_the_pods_configuration_serves(pods_configuration, tiny_bundle, tmp_path
 
 def test_the_dashboard_asks_for_nothing_that_the_server_does_not_report():
     telemetry = Telemetry()
-    telemetry.gpu_memory(lambda: [GpuMemory(gpu="0", used=1, total=2)])
+    telemetry.gpu_memory(lambda: [DeviceMemory(gpu="0", used=1, total=2)])
     telemetry.stage("m", "decode", 0.1)
     telemetry.batch("m", 1)
     telemetry.queue("m", 1)
