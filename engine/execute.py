@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -42,13 +43,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 
-class DeviceRadiograph(NamedTuple):
-    """A radiograph that lies in a GPU's memory.
-
-    `array` is uint8 `(H, W)`, row 0 at the top, 0 black to 255 white, and speaks
-    `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch).
-    """
-
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pixels:
     array: Any
 
     @property
@@ -62,20 +58,16 @@ class DeviceRadiograph(NamedTuple):
         return int(self.array.shape[0])
 
 
-class NetworkInput(NamedTuple):
-    """What geometry would have made of a radiograph: uint8 `(S, S)`, for a client that does it itself."""
+class DeviceRadiograph(_Pixels):
+    """A radiograph that lies in a GPU's memory.
 
-    array: npt.NDArray[np.uint8]
+    `array` is uint8 `(H, W)`, row 0 at the top, 0 black to 255 white, and speaks
+    `__cuda_array_interface__` or DLPack (PyCUDA, CuPy, PyTorch).
+    """
 
-    @property
-    def width(self) -> int:
-        """Pixels in a row."""
-        return int(self.array.shape[1])
 
-    @property
-    def height(self) -> int:
-        """Rows."""
-        return int(self.array.shape[0])
+class NetworkInput(_Pixels):
+    """What geometry would have made of a radiograph: `array` uint8 `(S, S)`, for a client that does it itself."""
 
 
 Picture = Radiograph | DeviceRadiograph | NetworkInput
@@ -232,7 +224,7 @@ class HostExecutor:
                 )
             if isinstance(picture, NetworkInput):
                 geometry_of(picture, self._manifest.preprocess)
-                return picture.array[np.newaxis]  # (1, S, S)
+                return np.asarray(picture.array)[np.newaxis]  # (1, S, S)
             return network_input(picture.pixels, self._manifest.preprocess)
         except ThoraxrtError as error:
             return error

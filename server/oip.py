@@ -230,7 +230,7 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
                             "ModelInfer",
                             context.peer(),
                             loaded,
-                            image if isinstance(image, bytes) else image.array.tobytes(),
+                            _recorded(image) if self._audit else b"",
                             loaded.scheduler.predict(ticket, image, findings=boxes_for),
                         )
                         for image in images
@@ -420,6 +420,11 @@ async def _gathered(answering: Sequence[Any]) -> list[Prediction]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _recorded(image: bytes | NetworkInput) -> bytes:
+    """What the audit log hashes."""
+    return image if isinstance(image, bytes) else image.array.tobytes()
 
 
 def _placed(error: BaseException, index: int) -> BaseException:
