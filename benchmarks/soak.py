@@ -46,8 +46,8 @@ from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
 from thoraxrt.server.audit import AuditOptions, verify
 from thoraxrt.server.models import EngineOptions
-from thoraxrt.server.service import ORDER_KEY, PRIORITY_KEY
 from thoraxrt.server.status import ERROR_KEY
+from thoraxrt.server.wire import ORDER_KEY, PRIORITY_KEY
 
 __all__ = ["Report", "main", "soak"]
 

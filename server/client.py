@@ -30,6 +30,10 @@ from thoraxrt.server.status import PUSHBACK_KEY, Status, error_from_status
 from thoraxrt.server.watched import Watched, read_file
 from thoraxrt.server.wire import (
     MAX_MESSAGE_BYTES,
+    MODEL_KEY,
+    ORDER_KEY,
+    PRIORITY_KEY,
+    VERSION_KEY,
     Model,
     Options,
     Reply,
@@ -275,9 +279,9 @@ class _Calls:
         if model is not None and not (model.isascii() and model.isprintable()):
             raise RequestError(f"the model is {model[:40]!r}; expected printable ASCII, which is all that gRPC sends")
         said = {
-            "thoraxrt-model": model,
-            "thoraxrt-model-version": version,
-            "thoraxrt-priority": None if priority is Priority.ROUTINE else priority.value,
+            MODEL_KEY: model,
+            VERSION_KEY: version,
+            PRIORITY_KEY: None if priority is Priority.ROUTINE else priority.value,
         }
         self._said = tuple((key, str(value)) for key, value in said.items() if value is not None)
         options = [*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
@@ -341,7 +345,7 @@ class _Calls:
             stream.cancel()
 
     def _stream(self) -> _Stream:
-        return self._wire.stream((*self._metadata(), ("thoraxrt-order", "completion")))
+        return self._wire.stream((*self._metadata(), (ORDER_KEY, "completion")))
 
     async def _send(self, asked: dict[str, _Asked], options: Options, stream: _Stream) -> None:
         """Give the stream what it has not been given; a file that cannot be read has its answer."""

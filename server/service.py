@@ -34,6 +34,10 @@ from thoraxrt.server.principal import ANONYMOUS, current_principal
 from thoraxrt.server.status import Status
 from thoraxrt.server.telemetry import NullTelemetry
 from thoraxrt.server.wire import (
+    MODEL_KEY,
+    ORDER_KEY,
+    PRIORITY_KEY,
+    VERSION_KEY,
     Options,
     Reply,
     Study,
@@ -49,15 +53,9 @@ __all__ = ["SERVICE_NAME", "STREAM_IMAGES", "STUDY_IMAGES", "Lender", "Predictio
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PredictionService"].full_name
 
-MODEL_KEY: Final = "thoraxrt-model"
-VERSION_KEY: Final = "thoraxrt-model-version"
-PRIORITY_KEY: Final = "thoraxrt-priority"
-ORDER_KEY: Final = "thoraxrt-order"
-"""What a call may bring as metadata; part of the wire contract, as the next two are."""
-
 STUDY_IMAGES: Final = 16
 STREAM_IMAGES: Final = 32
-"""Images of one study, and of one stream in flight, at most."""
+"""Images of one study, and of one stream in flight, at most; part of the wire contract."""
 
 _STREAMS: Final = 64
 """Streams that may be open at once. Each may hold one image that has not been admitted."""

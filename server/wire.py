@@ -25,6 +25,10 @@ from thoraxrt.server.status import ERROR_KEY, PUSHBACK_KEY, Status
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
+    "MODEL_KEY",
+    "ORDER_KEY",
+    "PRIORITY_KEY",
+    "VERSION_KEY",
     "Model",
     "Options",
     "Reply",
@@ -47,6 +51,12 @@ __all__ = [
 
 MAX_MESSAGE_BYTES: Final = DecodeLimits().max_bytes + 64 * 1024
 """The decoder's largest file and what surrounds it: so that the decoder, not gRPC, says why it is refused."""
+
+MODEL_KEY: Final = "thoraxrt-model"
+VERSION_KEY: Final = "thoraxrt-model-version"
+PRIORITY_KEY: Final = "thoraxrt-priority"
+ORDER_KEY: Final = "thoraxrt-order"
+"""What a call may bring as metadata."""
 
 _WIRE_FLOAT = np.dtype("<f4")
 

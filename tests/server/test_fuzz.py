@@ -26,7 +26,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from tests.server.conftest import LABELS, encoded
 from thoraxrt.proto.oip import open_inference_pb2 as oip
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
-from thoraxrt.server import service
+from thoraxrt.server import wire
 from thoraxrt.server.client import Client
 from thoraxrt.server.status import ERROR_KEY
 
@@ -157,9 +157,7 @@ def bodies(method: MethodDescriptor) -> st.SearchStrategy[bytes]:
 
 
 visible = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)
-known_keys = st.sampled_from(
-    (service.MODEL_KEY, service.VERSION_KEY, service.PRIORITY_KEY, service.ORDER_KEY, "authorization")
-)
+known_keys = st.sampled_from((wire.MODEL_KEY, wire.VERSION_KEY, wire.PRIORITY_KEY, wire.ORDER_KEY, "authorization"))
 metadata = st.lists(
     st.one_of(
         st.tuples(known_keys, st.one_of(st.sampled_from(WORDS), visible)),
