@@ -131,19 +131,36 @@ def messages(draw: st.DrawFn, descriptor: Any) -> Message:
     return message
 
 
+PARAMETERS: Final[dict[str, dict[str, st.SearchStrategy[Any]]]] = {
+    "priority": {"int64_param": st.integers(0, 3), "bool_param": st.booleans()},
+    "timeout": {"int64_param": st.sampled_from((0, 1, 10_000, 10_000_000)), "uint64_param": integers(64, signed=False)},
+    "boxes_for": {"string_param": st.lists(st.sampled_from(("", " ", *LABELS)), max_size=3).map(",".join)},
+}
+
+
 @st.composite
 def tensors(draw: st.DrawFn) -> oip.ModelInferRequest:
-    """An inference that is nearly right."""
+    """An inference that is right, or nearly."""
     count = draw(st.integers(1, 3))
-    request = oip.ModelInferRequest(id=draw(text))
+    request = oip.ModelInferRequest(id=draw(text), model_name=draw(st.sampled_from(("", "default"))))
+    for name in draw(st.lists(st.sampled_from(("logits", "probabilities", "boxes", "box_count")), max_size=5)):
+        request.outputs.add(name=name)
+    for key in draw(st.sets(st.sampled_from(sorted(PARAMETERS)))):
+        kind = draw(st.sampled_from(sorted(PARAMETERS[key])))
+        setattr(request.parameters[key], kind, draw(PARAMETERS[key][kind]))
     if draw(st.booleans()):
-        request.inputs.add(name="image_bytes", datatype="BYTES", shape=[count])
+        tensor = request.inputs.add(name="image_bytes", datatype="BYTES", shape=[count])
         images = draw(st.lists(image, min_size=count, max_size=count))
         raw = b"".join(len(data).to_bytes(4, "little") + data for data in images)
+        contents = oip.InferTensorContents(bytes_contents=images)
     else:
-        request.inputs.add(name="image", datatype="UINT8", shape=[count, 1, 64, 64])
+        tensor = request.inputs.add(name="image", datatype="UINT8", shape=[count, 1, 64, 64])
         raw = draw(st.binary(min_size=1, max_size=3)) * (64 * 64 * count)
-    request.raw_input_contents.append(draw(st.one_of(st.just(raw), mutated(st.just(raw)))))
+        contents = oip.InferTensorContents(uint_contents=raw[: draw(st.integers(1, 2)) * 64 * 64])
+    if draw(st.integers(0, 3)):
+        request.raw_input_contents.append(draw(st.one_of(st.just(raw), mutated(st.just(raw)))))
+    else:
+        tensor.contents.CopyFrom(contents)
     return request
 
 
