@@ -1,7 +1,7 @@
 """How a bundle appears on disk: whole, under its name, or not at all.
 
-Owns the temporary folders beside a bundle, their locks, the exchange, and the signature that may join
-a bundle later. Knows nothing of what a bundle holds beyond its manifest.
+Owns the temporary folders beside a bundle, their locks, the exchange, and the signature and receipt that may
+join a bundle later. Knows nothing of what a bundle holds beyond its manifest.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Final
 
 from thoraxrt.engine.bundle import MANIFEST, SIGNATURE, Bundle
 from thoraxrt.engine.errors import BundleError
+from thoraxrt.engine.receipt import RECEIPT, RECEIPT_SIGNATURE
 from thoraxrt.engine.trust import sign
 
-__all__ = ["publish", "refuse_to_overwrite", "sign_bundle"]
+__all__ = ["publish", "refuse_to_overwrite", "sign_bundle", "write_receipt"]
 
 _UNFINISHED: Final = ".unfinished"
 # linux/fs.h, fcntl.h
@@ -88,10 +89,31 @@ def sign_bundle(bundle: Bundle, key: Path) -> None:
     path, manifest = bundle.path / SIGNATURE, (bundle.path / MANIFEST).read_bytes()
     if hashlib.sha256(manifest).hexdigest() != bundle.sha256:
         raise BundleError(f"{bundle.path / MANIFEST} changed while it was read; sign the bundle again")
-    signature = sign(manifest, key)
-    made = path.with_name(f".{SIGNATURE}.{secrets.token_hex(8)}")
+    _replace(path, sign(manifest, key))
+
+
+def write_receipt(bundle: Bundle, receipt: bytes, key: Path | None = None) -> None:
+    """Write `parity.json` beside the bundle's files, and `parity.sig` where a private key is given.
+
+    A receipt that is there is replaced, its signature removed before: at no moment does a signature stand beside a
+    receipt that it does not belong to. Raises BundleError where the bundle cannot be written, SignatureError where
+    `key` is no private key.
+    """
+    signature = None if key is None else sign(receipt, key)
     try:
-        _write(made, signature)
+        (bundle.path / RECEIPT_SIGNATURE).unlink(missing_ok=True)
+    except OSError as error:
+        raise BundleError(f"{bundle.path / RECEIPT_SIGNATURE} cannot be removed: {error.strerror}") from error
+    _replace(bundle.path / RECEIPT, receipt)
+    if signature is not None:
+        _replace(bundle.path / RECEIPT_SIGNATURE, signature)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, instead of one that is there. Raises BundleError."""
+    made = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        _write(made, data)
         made.replace(path)
     except OSError as error:
         raise BundleError(f"{path} cannot be written: {error.strerror}") from error
