@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from thoraxrt.benchmarks.accuracy import auroc_per_finding
+from thoraxrt.benchmarks.auroc import auroc_per_finding
 from thoraxrt.engine.boxes import Box, iobb
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import decode

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from thoraxrt.benchmarks.accuracy import auroc_per_finding, predictions_from_csv
+from thoraxrt.benchmarks.auroc import auroc_per_finding
+from thoraxrt.benchmarks.predictions import predictions_from_csv
 from thoraxrt.engine.boxes import iobb
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Radiograph
