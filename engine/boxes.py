@@ -27,6 +27,7 @@ __all__ = [
     "boxes_from_cam",
     "boxes_from_regions",
     "iobb",
+    "iou",
     "regions_from_cam",
     "sort_boxes",
     "upsample",
@@ -238,6 +239,18 @@ def sort_boxes(boxes: list[Box]) -> list[Box]:
 
 def iobb(detected: Rectangle, annotated: Rectangle) -> float:
     """Intersection over the *detected* box's area, 0..1 (Wang et al., arXiv 1705.02315, section 4.3)."""
-    width = min(detected.x + detected.width, annotated.x + annotated.width) - max(detected.x, annotated.x)
-    height = min(detected.y + detected.height, annotated.y + annotated.height) - max(detected.y, annotated.y)
-    return max(width, 0.0) * max(height, 0.0) / (detected.width * detected.height)
+    return _intersection(detected, annotated) / (detected.width * detected.height)
+
+
+def iou(one: Rectangle, other: Rectangle) -> float:
+    """Intersection over union, 0..1; the same whichever box comes first."""
+    intersection = _intersection(one, other)
+    return intersection / (one.width * one.height + other.width * other.height - intersection)
+
+
+def _intersection(one: Rectangle, other: Rectangle) -> float:
+    """The common area, never above the smaller box's: edges are sums, which round."""
+    width = min(one.x + one.width, other.x + other.width) - max(one.x, other.x)
+    height = min(one.y + one.height, other.y + other.height) - max(one.y, other.y)
+    width, height = min(width, one.width, other.width), min(height, one.height, other.height)
+    return max(width, 0.0) * max(height, 0.0)

@@ -1,0 +1,198 @@
+"""Localisation: detected boxes against annotated ones, as Wang et al. measured them, and two detectors' boxes.
+
+Owns the matching and the counts; the overlaps are `thoraxrt.engine.boxes`'. Knows neither images nor networks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
+
+from thoraxrt.engine.boxes import Box, Rectangle, iobb, iou
+from thoraxrt.export.nih import NihBox
+
+__all__ = [
+    "IOBB_THRESHOLDS",
+    "IOU_THRESHOLDS",
+    "BoxAgreement",
+    "Localisation",
+    "ThresholdResult",
+    "box_agreement",
+    "localisation",
+]
+
+_B = TypeVar("_B", NihBox, Box)
+
+IOBB_THRESHOLDS: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
+"""T(IoBB) of Tables 4 and 19 of arXiv 1705.02315."""
+
+IOU_THRESHOLDS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+"""T(IoU) of Table 7 there."""
+
+
+class ThresholdResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One row of the paper's tables, for one finding.
+
+    `correct` of the finding's annotated boxes are localised; `accuracy` is their share, 0..1, None without any
+    annotated box. `false_positives` detected boxes are not correct; `average_false_positives` are theirs per image.
+    """
+
+    threshold: float
+    correct: int
+    accuracy: float | None
+    false_positives: int
+    average_false_positives: float
+
+
+class Localisation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One finding on all images: how many boxes are annotated and detected, and the result at each threshold."""
+
+    finding: str
+    images: int
+    annotated: int
+    detected: int
+    iobb: tuple[ThresholdResult, ...]
+    iou: tuple[ThresholdResult, ...]
+
+
+class BoxAgreement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far a candidate's boxes of one finding are the reference's.
+
+    `matched` pairs overlap; `mean_iou` is theirs, 0..1, and `mean_peak_distance` that of their peaks in pixels of the
+    original image (None without a pair). `unmatched` and `reference_unmatched` are the shares, 0..1, of each side's
+    boxes that have no partner (None where that side has no box).
+    """
+
+    finding: str
+    boxes: int
+    reference_boxes: int
+    matched: int
+    mean_iou: float | None
+    mean_peak_distance: float | None
+    unmatched: float | None
+    reference_unmatched: float | None
+
+
+def localisation(
+    annotated: Sequence[Iterable[NihBox]], detected: Sequence[Iterable[Box]], findings: Sequence[str]
+) -> tuple[Localisation, ...]:
+    """Accuracy and average false positives of each of `findings` (arXiv 1705.02315, section 4.3, Tables 4, 7 and 19).
+
+    `annotated` and `detected` hold the boxes of each image, in the same order; all images are counted, those without
+    a box of the finding too. Boxes are in pixels of the original image, origin top left.
+
+    A box is localised correctly where IoBB (or IoU) is *above* the threshold. Accuracy is the share of annotated boxes
+    that some detected box of the finding localises; each detected box that localises none in its image is a false
+    positive. Where the paper is silent: (1) IoBB and IoU are judged apart, as its tables are; at equal thresholds its
+    "either IoU or IoBB" is IoBB alone, for IoU is never above it. (2) One detected box may localise several annotated
+    ones, and several detected boxes one, none of them a false positive. (3) The average is over images, each counted
+    once. The paper's averages are whole multiples of 1/984, the rows of the box list, on 880 images: it took rows for
+    images, or divided by them. `false_positives` lets either be computed.
+
+    Raises ValueError where the two sequences differ in length or are empty.
+    """
+    if not len(annotated) == len(detected) > 0:
+        raise ValueError(
+            f"{len(annotated)} images with annotated and {len(detected)} with detected boxes; expected as many, "
+            "at least one"
+        )
+    images = list(zip(annotated, detected, strict=True))
+    return tuple(
+        _localisation(finding, [(_of(finding, truths), _of(finding, boxes)) for truths, boxes in images])
+        for finding in findings
+    )
+
+
+def box_agreement(
+    boxes: Sequence[Iterable[Box]], reference: Sequence[Iterable[Box]], findings: Sequence[str]
+) -> tuple[BoxAgreement, ...]:
+    """How far a candidate's boxes are the reference's, for each of `findings`.
+
+    Both hold the boxes of each image, in the same order; in pixels of the original image, origin top left. Within an
+    image boxes are matched one to one so that the sum of IoU is greatest (`scipy.optimize.linear_sum_assignment`);
+    boxes that do not overlap are no match.
+
+    Raises ValueError where the two sequences differ in length.
+    """
+    if len(boxes) != len(reference):
+        raise ValueError(f"boxes of {len(boxes)} and of {len(reference)} images; expected the same images")
+    images = list(zip(boxes, reference, strict=True))
+    return tuple(
+        _agreement(finding, [(_of(finding, ours), _of(finding, theirs)) for ours, theirs in images])
+        for finding in findings
+    )
+
+
+def _of(finding: str, boxes: Iterable[_B]) -> list[_B]:
+    return [box for box in boxes if box.finding == finding]
+
+
+def _localisation(finding: str, images: list[tuple[list[NihBox], list[Box]]]) -> Localisation:
+    return Localisation(
+        finding=finding,
+        images=len(images),
+        annotated=sum(len(truths) for truths, _ in images),
+        detected=sum(len(boxes) for _, boxes in images),
+        iobb=_results(images, iobb, IOBB_THRESHOLDS),
+        iou=_results(images, iou, IOU_THRESHOLDS),
+    )
+
+
+def _results(
+    images: list[tuple[list[NihBox], list[Box]]],
+    overlap: Callable[[Rectangle, Rectangle], float],
+    thresholds: Iterable[float],
+) -> tuple[ThresholdResult, ...]:
+    tables = [_overlaps(boxes, truths, overlap) for truths, boxes in images]  # (detected, annotated) each
+    of_annotated = np.concatenate([table.max(axis=0, initial=0.0) for table in tables])  # each box's best
+    of_detected = np.concatenate([table.max(axis=1, initial=0.0) for table in tables])
+    results = []
+    for threshold in thresholds:
+        correct = int((of_annotated > threshold).sum())
+        false_positives = int((of_detected <= threshold).sum())
+        results.append(
+            ThresholdResult(
+                threshold=threshold,
+                correct=correct,
+                accuracy=correct / of_annotated.size if of_annotated.size else None,
+                false_positives=false_positives,
+                average_false_positives=false_positives / len(images),
+            )
+        )
+    return tuple(results)
+
+
+def _overlaps(
+    rows: Sequence[Rectangle], columns: Sequence[Rectangle], overlap: Callable[[Rectangle, Rectangle], float]
+) -> npt.NDArray[np.float64]:
+    table = [[overlap(row, column) for column in columns] for row in rows]
+    return np.array(table, np.float64).reshape(len(rows), len(columns))
+
+
+def _agreement(finding: str, images: list[tuple[list[Box], list[Box]]]) -> BoxAgreement:
+    ious: list[float] = []
+    distances: list[float] = []
+    for ours, theirs in images:
+        table = _overlaps(ours, theirs, iou)  # (ours, theirs)
+        for row, column in zip(*linear_sum_assignment(table, maximize=True), strict=True):
+            if table[row, column] > 0:
+                ious.append(float(table[row, column]))
+                one, other = ours[row].peak, theirs[column].peak
+                distances.append(math.hypot(one.x - other.x, one.y - other.y))
+    boxes, reference_boxes = sum(len(ours) for ours, _ in images), sum(len(theirs) for _, theirs in images)
+    return BoxAgreement(
+        finding=finding,
+        boxes=boxes,
+        reference_boxes=reference_boxes,
+        matched=len(ious),
+        mean_iou=math.fsum(ious) / len(ious) if ious else None,
+        mean_peak_distance=math.fsum(distances) / len(distances) if distances else None,
+        unmatched=1 - len(ious) / boxes if boxes else None,
+        reference_unmatched=1 - len(ious) / reference_boxes if reference_boxes else None,
+    )
