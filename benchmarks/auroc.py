@@ -114,7 +114,8 @@ class Cohort:
     @cached_property
     def patient(self) -> npt.NDArray[np.intp]:
         """Each image's patient, counted from 0: `(N,)`."""
-        return np.unique(self.patients, return_inverse=True)[1]
+        patient: npt.NDArray[np.intp] = np.unique(self.patients, return_inverse=True)[1]
+        return patient
 
     @cached_property
     def draws(self) -> npt.NDArray[np.uint8]:
