@@ -6,8 +6,9 @@ client spends is counted against the server. The ceiling of its throughput is `E
 are interleaved, and ratios are medians over rounds, so that they hold on a shared machine. Open loop: requests come at
 random times whatever is unanswered, and a latency counts from when its request was due.
 
-With `--peers`, other servers of the same FP32 graph through ONNX Runtime get the same load; they give logits only,
-where thoraxrt also gives boxes, decodes in worker processes and bounds its queue. They run in a Python of their own:
+With `--peers`, instead: thoraxrt beside other servers of the same FP32 graph through ONNX Runtime, in some 4 minutes.
+They give logits only, where thoraxrt also gives boxes, decodes in worker processes and bounds its queue. They run in a
+Python of their own:
 
     python -m venv /tmp/peers
     /tmp/peers/bin/pip install nvidia-pytriton==0.7.0 litserve python-multipart onnxruntime \\
@@ -20,41 +21,34 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import msgspec
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from thoraxrt.benchmarks import serving_peers
 from thoraxrt.benchmarks.served import Served
+from thoraxrt.benchmarks.serving_compared import CONCURRENCY, OURS, compared
 from thoraxrt.benchmarks.serving_load import Answer, Load, Target
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.engine import Engine, read_image
 from thoraxrt.engine.errors import ThoraxrtError
-from thoraxrt.proto.oip import open_inference_pb2 as oip
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.models import EngineOptions
 
 __all__ = ["main", "open_loop", "served_and_in_process"]
 
 PREDICT: Final = "/thoraxrt.v1.PredictionService/Predict"
-CONCURRENCY: Final = (1, 8, 32)
 
 _IMAGES: Final = 64  # of a round
 _SINGLE: Final = 16  # of a round, one at a time
@@ -119,93 +113,8 @@ def open_loop(server: Served, load: Load, files: Sequence[bytes], capacity: floa
     }
 
 
-def _compared(
-    bundle: Bundle, server: Served, load: Load, files: Sequence[bytes], python: Path, rounds: int
-) -> list[dict[str, Any]]:
-    """Each server's images a second and p99, by concurrency, round by round in turn; the first is thoraxrt."""
-    with ExitStack() as running:
-        targets = {"thoraxrt": (Target(server.address, PREDICT), [_request(data) for data in files])}
-        for number, (name, wrap, path, kind) in enumerate(_PEERS):
-            address = f"127.0.0.1:{_PEER_PORT + 10 * number}"
-            if running.enter_context(_peer(bundle, python, name, address)):
-                targets[name] = Target(address, path, kind), [wrap(data) for data in files]
-        rates: dict[tuple[str, int], list[float]] = {}
-        answers: dict[tuple[str, int], list[Answer]] = {}
-        for number in range(rounds + 1):
-            for concurrency in CONCURRENCY:
-                for name, (target, requests) in targets.items():
-                    got = load.closed(target, requests, concurrency, _IMAGES)
-                    if number:  # the first round is not counted
-                        answers.setdefault((name, concurrency), []).extend(got)
-                        good = [answer for answer in got if answer.status == "OK"]  # a peer may fail under load
-                        rates.setdefault((name, concurrency), []).append(_rate(good) if good else 0.0)
-    return [
-        {
-            "name": name,
-            "concurrency": concurrency,
-            "per_s": statistics.median(own),
-            "p99_ms": _percentile_ms(answers[name, concurrency], 99),
-            "statuses": dict(Counter(answer.status for answer in answers[name, concurrency])),
-            "thoraxrt_to_it": statistics.median(
-                t / max(o, 1e-9) for t, o in zip(rates["thoraxrt", concurrency], own, strict=True)
-            ),
-        }
-        for (name, concurrency), own in rates.items()
-    ]
-
-
 def _request(data: bytes) -> bytes:
     return pb.PredictRequest(image=data).SerializeToString()
-
-
-def _tensor(data: bytes) -> bytes:
-    request = oip.ModelInferRequest(model_name="chest")
-    request.inputs.add(name="image_bytes", datatype="BYTES", shape=[1, 1])
-    request.raw_input_contents.append(len(data).to_bytes(4, "little") + data)
-    return request.SerializeToString()
-
-
-def _form(data: bytes) -> bytes:
-    head = b'--x\r\nContent-Disposition: form-data; name="request"; filename="image"\r\n\r\n'
-    return head + data + b"\r\n--x--\r\n"
-
-
-_PEERS: Final[tuple[tuple[str, Callable[[bytes], bytes], str, str], ...]] = (
-    ("grpc", bytes, "/peer.Peer/Predict", ""),
-    ("pytriton", _tensor, "/inference.GRPCInferenceService/ModelInfer", ""),
-    ("litserve", _form, "/predict", "multipart/form-data; boundary=x"),
-)
-_PEER_PORT: Final = 18600
-_PEER_START_S: Final = 60.0
-
-
-@contextmanager
-def _peer(bundle: Bundle, python: Path, name: str, address: str) -> Iterator[bool]:
-    """Whether the peer answers; one that cannot be started has said why on stderr."""
-    host, _, port = address.rpartition(":")
-    repository = Path(serving_peers.__file__).resolve().parents[1]
-    process = subprocess.Popen(
-        [
-            *(python, Path(serving_peers.__file__).resolve(), name, bundle.path / "model.fp32.onnx"),
-            *(msgspec.json.encode(bundle.manifest.preprocess), port),
-        ],
-        env={**os.environ, "PYTHONPATH": str(repository)},
-        stdout=sys.stderr,
-        start_new_session=True,
-    )
-    try:
-        until, answers = time.monotonic() + _PEER_START_S, False
-        while not answers and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.5)
-            with socket.socket() as probe:
-                answers = probe.connect_ex((host, int(port))) == 0
-        yield answers
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -297,54 +206,80 @@ def _rows(name: str, cost: dict[str, Any], held: dict[str, Any]) -> Iterator[tup
     )
 
 
+def _peer_rows(beside: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, str, str, str]]:
+    """The same columns: ahead is more images a second and a lower p99."""
+    ours = {row["concurrency"]: row for row in beside if row["name"] == OURS}
+    for row in beside:
+        if "failed" in row:
+            yield row["name"], f"left out: {row['failed']}", "", "", ""
+            continue
+        figure = f"{row['per_s']:.1f} images/s, p99 {row['p99_ms']:.0f} ms, {row['statuses']}"
+        what = f"{row['name']}, {row['concurrency']} at a time"
+        if row["name"] == OURS:
+            yield what, figure, "", "", ""
+            continue
+        quicker = row["p99_ms"] / ours[row["concurrency"]]["p99_ms"]
+        met = "met" if min(row["thoraxrt_to_it"], quicker) > 1 else "missed"
+        yield what, figure, f"{row['thoraxrt_to_it']:.2f} x rate, {quicker:.2f} x quicker", "> 1 each", met
+
+
 def main(
     bundle: Path,
     images: Annotated[list[Path], typer.Argument(help="Encoded radiographs.")],
     backends: Annotated[str, typer.Option(help="Which, in their own default precision.")] = "openvino,onnxruntime",
     precision: Annotated[str | None, typer.Option(help="Of every backend; by default FP32.")] = None,
     threads: Annotated[bool, typer.Option("--threads", help="Decode in threads, not in worker processes.")] = False,
-    peers: Annotated[Path | None, typer.Option(help="The Python that has the other servers.")] = None,
+    peers: Annotated[Path | None, typer.Option(help="Only compare with the servers that this Python has.")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     seconds: Annotated[float, typer.Option(min=4.0, help="Of each open loop.")] = 20.0,
 ) -> None:
-    """Measure each backend, and the peers; a table to stderr, one line of JSON to stdout."""
+    """Measure each backend, or the peers; a table to stderr, one line of JSON to stdout."""
     opened, files = Bundle.open(bundle), [read_image(path) for path in images[:_IMAGES]]
     machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "date": str(date.today())}
-    load_before = os.getloadavg()[0]
-    results: list[dict[str, Any]] = []
-    compared: list[dict[str, Any]] = []
-    with Load() as load:
-        for name in backends.split(","):
-            options = EngineOptions(backend=name, precision=precision)
-            with Served(bundle, options, processes=not threads) as server:
-                with Engine.open(opened, backend=name, precision=precision) as engine:
-                    cost = served_and_in_process(engine, server.address, load, files, rounds)
-                    ran = f"{engine.backend} {engine.precision}"
-                held = open_loop(server, load, files, max(cost["served_per_s"].values()), seconds)
-                if peers and name == "onnxruntime":
-                    compared = _compared(opened, server, load, files, peers, rounds)
-            results.append({"name": ran, **cost, **held})
+    console, load_before = Console(stderr=True, width=150), os.getloadavg()[0]
     table = Table(
         *("what runs", "figure", "", "target", ""),
         title=f"{opened.manifest.network.name}, {len(files)} files of {sum(map(len, files)) // len(files)} bytes, "
         f"{machine['cpus']} CPUs, {machine['date']}, load of others {load_before:.1f}",
     )
-    for result in results:
-        for what, figure, value, target, met in _rows(result["name"], result, result):
-            table.add_row(what, figure, value, target, "met" if met else "missed")
-    for peer in compared:
-        table.add_row(
-            f"{peer['name']}, {peer['concurrency']} at a time",
-            f"{peer['per_s']:.1f} images/s, p99 {peer['p99_ms']:.0f} ms, {peer['statuses']}; thoraxrt to it",
-            f"{peer['thoraxrt_to_it']:.2f}",
-            "> 1" if peer["name"] != "thoraxrt" else "",
-            "" if peer["name"] == "thoraxrt" else "met" if peer["thoraxrt_to_it"] > 1 else "missed",
-        )
-    Console(stderr=True, width=150).print(table)
+    results: list[dict[str, Any]] = []
+    beside: list[dict[str, Any]] = []
+    if peers:
+        beside = compared(opened, files, peers, rounds=rounds, say=console.print)
+        for row in _peer_rows(beside):
+            table.add_row(*row)
+    else:
+        with Load() as load:
+            for name in backends.split(","):
+                console.print(f"measuring {name}")
+                results.append(_measured(opened, files, load, name, precision, threads, rounds, seconds))
+        for result in results:
+            for what, figure, value, target, met in _rows(result["name"], result, result):
+                table.add_row(what, figure, value, target, "met" if met else "missed")
+    console.print(table)
     versions = {name: version(name) for name in ("grpcio", "onnxruntime", "openvino")}
     said = {"scenario": "serving", **machine, "load_before": load_before, "versions": versions}
     said |= {"bundle": opened.sha256, "decoding": "threads" if threads else "processes", "files": len(files)}
-    print(json.dumps({**said, "results": results, "peers": compared}))
+    print(json.dumps({**said, "results": results, "peers": beside}))
+
+
+def _measured(
+    bundle: Bundle,
+    files: Sequence[bytes],
+    load: Load,
+    backend: str,
+    precision: str | None,
+    threads: bool,
+    rounds: int,
+    seconds: float,
+) -> dict[str, Any]:
+    options = EngineOptions(backend=backend, precision=precision)
+    with Served(bundle.path, options, processes=not threads) as server:
+        with Engine.open(bundle, backend=backend, precision=precision) as engine:
+            cost = served_and_in_process(engine, server.address, load, files, rounds)
+            ran = f"{engine.backend} {engine.precision}"
+        held = open_loop(server, load, files, max(cost["served_per_s"].values()), seconds)
+    return {"name": ran, **cost, **held}
 
 
 if __name__ == "__main__":

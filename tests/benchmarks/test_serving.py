@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import threading
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -10,9 +13,10 @@ import pytest
 from PIL import Image
 
 from tests.server.conftest import tiny_graph, write_bundle
-from thoraxrt.benchmarks import serving
+from thoraxrt.benchmarks import serving, serving_compared
 from thoraxrt.benchmarks.served import Served
 from thoraxrt.benchmarks.serving_load import Load, Target
+from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.engine import Engine
 from thoraxrt.export.phantoms import phantom
 from thoraxrt.server.models import EngineOptions
@@ -26,26 +30,79 @@ def png(index: int) -> bytes:
     return file.getvalue()
 
 
-def test_throughput_latency_overload_and_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = write_bundle(tmp_path / "tiny.bundle", tiny_graph())
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("served") / "tiny.bundle", tiny_graph())
+
+
+def test_throughput_latency_and_overload(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "CONCURRENCY", (1, 4))
-    monkeypatch.setattr(serving, "_PEERS", serving._PEERS[:1])
-    monkeypatch.setattr(serving, "_IMAGES", 8)
     files = [png(index) for index in range(3)]
     with Load() as load, Served(bundle.path, EngineOptions(backend="onnxruntime")) as server:
         with Engine.open(bundle, backend="onnxruntime") as engine:
             cost = serving.served_and_in_process(engine, server.address, load, files, rounds=1, images=8)
         held = serving.open_loop(server, load, files, capacity=20.0, seconds=2.0)
-        compared = serving._compared(bundle, server, load, files, Path(sys.executable), rounds=1)
         refused = load.closed(Target(server.address, serving.PREDICT), [b"\xff"], 1, 3)
     assert cost["ratio"] == pytest.approx(max(cost["served_per_s"].values()) / cost["in_process_per_s"])
     assert cost["added_ms"] == pytest.approx(cost["served_ms"] - cost["in_process_ms"])
     assert set(held["steady_statuses"]) == {"OK"}
     assert held["statuses"]["OK"] > 0
     assert held["memory_bytes"] > 50 * 2**20
-    assert {(peer["name"], peer["concurrency"]) for peer in compared} == {
-        (name, concurrency) for name in ("thoraxrt", "grpc") for concurrency in (1, 4)
-    }
-    assert all(peer["per_s"] > 0 for peer in compared)
     assert {answer.status for answer in refused} == {"INVALID_ARGUMENT"}
     assert len(list(serving._rows("x", cost, held))) == 6
+
+
+def test_a_peer_is_compared_and_what_cannot_be_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_compared, "CONCURRENCY", (4,))
+    monkeypatch.setattr(serving_compared, "_CELL_S", 0.3)
+    peer, *_, absent = serving_compared._PEERS
+    other = peer._replace(request=lambda image: png(9))  # it is asked about another image
+    monkeypatch.setattr(serving_compared, "_PEERS", (peer, other, absent))
+    said: list[str] = []
+    files = [png(index) for index in range(3)]
+    ours, its, *left_out = serving_compared.compared(bundle, files, Path(sys.executable), rounds=1, say=said.append)
+    assert (ours["name"], its["name"]) == ("thoraxrt", "grpc")
+    assert ours["statuses"].keys() == its["statuses"].keys() == {"OK"}
+    assert its["thoraxrt_to_it"] == pytest.approx(ours["per_s"] / its["per_s"])
+    assert any(line.startswith("round 1 of 1, 4 at a time") for line in said)
+    assert [row["name"] for row in left_out] == ["grpc", "litserve"]
+    assert "its logits are not thoraxrt's: shape (3,)" in left_out[0]["failed"]
+    assert "No module named 'litserve'" in left_out[1]["failed"]
+    assert [row[0] for row in serving._peer_rows([ours, its, *left_out])] == [
+        "thoraxrt, 4 at a time", "grpc, 4 at a time", "grpc", "litserve"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reply", "status"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "OK"),
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "http/1.1 503 busy"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "ValueError: expected HTTP/1.1 with"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "DEADLINE_EXCEEDED"),
+        (b"", "DEADLINE_EXCEEDED"),
+        (None, "IncompleteReadError"),  # the connection is closed
+    ],
+)
+def test_whatever_an_http_server_does_each_request_ends(reply: bytes | None, status: str) -> None:
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    def answer(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            while received := connection.recv(65536):
+                if reply is None:
+                    return
+                if received.endswith(b"image"):
+                    connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, Load() as load:
+        threading.Thread(target=serve, daemon=True).start()
+        target = Target(f"127.0.0.1:{listener.getsockname()[1]}", "/predict", "text/plain")
+        answers = load.closed(target, [b"image"], 2, 4, deadline_s=0.3)
+        listener.shutdown(socket.SHUT_RDWR)
+    assert len(answers) == 4
+    assert all(answer.status.startswith(status) for answer in answers), answers
