@@ -10,15 +10,29 @@ import csv
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from thoraxrt.engine.errors import DatasetError
 
-__all__ = ["LABELS", "NihBox", "NihDataset", "NihRecord", "Split", "is_nih_layout"]
+__all__ = [
+    "LABELS",
+    "SIDE",
+    "NihBox",
+    "NihDataset",
+    "NihRecord",
+    "Sex",
+    "Split",
+    "View",
+    "boxes_in",
+    "image_files",
+    "is_nih_layout",
+]
 
 LABELS = (
     "Atelectasis",
@@ -38,12 +52,21 @@ LABELS = (
 )
 """The 14 findings, in the order of CheXNet's outputs (arXiv 1711.05225)."""
 
+SIDE: Final = 1024
+"""Height and width of every image in pixels, as published."""
+
 Split = Literal["train_val", "test"]
+Sex = Literal["F", "M"]
+View = Literal["PA", "AP"]
 
 _ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 _BOXES = "BBox_List_2017.csv"
 _LISTS: dict[Split, str] = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
-_FOLDERS = ("images", "", *(f"images_{number:03d}/images" for number in range(1, 13)))
+_FOLDERS = (
+    "images",
+    "",
+    *(f"images_{number:03d}{within}" for number in range(1, 13) for within in ("/images", "")),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,16 +80,26 @@ class NihBox:
     height: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NihRecord:
-    """One row of the data set; `path` is None where the image is not at hand."""
+class NihRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the data set.
+
+    `folder` is where the image lies, None where it is not at hand; `age` in whole years at the time of the image.
+    """
 
     image: str
-    path: Path | None
+    folder: Path | None
     labels: tuple[str, ...]
     patient: int
+    age: int
+    sex: Sex
+    view: View
     split: Split
     boxes: tuple[NihBox, ...]
+
+    @property
+    def path(self) -> Path | None:
+        """The image's file, None where it is not at hand."""
+        return self.folder and self.folder / self.image  # made when asked for: 112,120 paths take a second
 
 
 @dataclass(frozen=True)
@@ -84,17 +117,18 @@ class NihDataset:
         """Read the lists of `folder` and look for its images.
 
         Expects `Data_Entry_2017_v2020.csv` (or the older `Data_Entry_2017.csv`), `BBox_List_2017.csv`,
-        `train_val_list.txt` and `test_list.txt`; images in `images/`, in the folder itself or in
-        `images_001/images` to `images_012/images`. Images may be absent.
+        `train_val_list.txt` and `test_list.txt`; images where `image_files` looks. Images may be absent.
 
         Raises DatasetError where a list is missing, malformed or at odds with the others.
         """
         root = Path(folder)
         splits = _splits(root)
-        boxes = _boxes(root)
-        paths = _paths(root)
+        boxes = boxes_in(root)
+        folders: dict[str, Path] = {}
+        for place, image in image_files(root):
+            folders.setdefault(image, place)
         rows = list(_entries(root))
-        unlisted = [image for image, _, _ in rows if image not in splits]
+        unlisted = [image for image, *_ in rows if image not in splits]
         if unlisted:
             raise DatasetError(
                 f"{root}: {len(unlisted)} images of the data entry file ({unlisted[0]} first) are in neither "
@@ -103,13 +137,16 @@ class NihDataset:
         records = tuple(
             NihRecord(
                 image=image,
-                path=paths.get(image),
+                folder=folders.get(image),
                 labels=labels,
                 patient=patient,
+                age=age,
+                sex=sex,
+                view=view,
                 split=splits[image],
                 boxes=boxes.get(image, ()),
             )
-            for image, labels, patient in rows
+            for image, labels, patient, age, sex, view in rows
         )
         return cls(root, records)
 
@@ -125,7 +162,7 @@ class NihDataset:
 
     def present(self) -> NihDataset:
         """Only the records whose image is at hand."""
-        return self._where(record for record in self.records if record.path is not None)
+        return self._where(record for record in self.records if record.folder is not None)
 
     def boxed(self) -> NihDataset:
         """Only the records with at least one box."""
@@ -149,40 +186,23 @@ def is_nih_layout(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _ENTRIES)
 
 
-# --- the files -------------------------------------------------------------------------------------------
+def image_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Place and name of every PNG of an NIH-layout folder; of an image in several places the first is the one read.
+
+    Looks in `images/`, in the folder itself, and in `images_001` to `images_012`, with `images/` below and without.
+    """
+    for name in _FOLDERS:
+        place = folder / name
+        if place.is_dir():
+            yield from ((place, image) for image in os.listdir(place) if image.endswith(".png"))
 
 
-def _entries(root: Path) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Image, labels and patient of each row."""
-    file = next((root / name for name in _ENTRIES if (root / name).is_file()), root / _ENTRIES[-1])
-    known = {"No Finding": (), **{label: (label,) for label in LABELS}}  # and every combination seen so far
-    rows = _rows(file)
-    header = next(rows, [])
-    try:
-        image, labels, patient = (header.index(name) for name in ("Image Index", "Finding Labels", "Patient ID"))
-    except ValueError:
-        raise DatasetError(
-            f"{file} begins with {', '.join(header[:4])}; expected the columns Image Index, Finding Labels and "
-            "Patient ID: take the file as NIH publishes it"
-        ) from None
-    for number, row in enumerate(rows, 2):
-        try:
-            if row[labels] not in known:
-                known[row[labels]] = _labels(row[labels])
-            yield row[image], known[row[labels]], int(row[patient])
-        except (IndexError, ValueError):
-            raise DatasetError(
-                f"{file}, line {number}: not a row of the data set; expected an image, labels of the 14 findings "
-                "separated by |, and a patient's number: take the file as NIH publishes it"
-            ) from None
+def boxes_in(folder: Path) -> dict[str, tuple[NihBox, ...]]:
+    """The boxes of `BBox_List_2017.csv` by image, in the file's order; its Infiltrate is the labels' Infiltration.
 
-
-def _labels(text: str) -> tuple[str, ...]:
-    return tuple(sorted(text.split("|"), key=LABELS.index))  # ValueError for an unknown one
-
-
-def _boxes(root: Path) -> dict[str, tuple[NihBox, ...]]:
-    file = root / _BOXES
+    Raises DatasetError where the file is missing or malformed.
+    """
+    file = folder / _BOXES
     boxes: dict[str, tuple[NihBox, ...]] = {}
     rows = _rows(file)
     next(rows, None)  # the header: six columns, or nine, for `Bbox [x,y,w,h]` is not quoted
@@ -195,6 +215,60 @@ def _boxes(root: Path) -> dict[str, tuple[NihBox, ...]]:
                 "as NIH publishes it"
             ) from None
     return boxes
+
+
+# --- the files -------------------------------------------------------------------------------------------
+
+_COLUMNS = ("Image Index", "Finding Labels", "Patient ID", "Patient Age", "Patient Gender", "View Position")
+_SEXES: dict[str, Sex] = {"F": "F", "M": "M"}
+_VIEWS: dict[str, View] = {"PA": "PA", "AP": "AP"}
+_YEAR = {"": 1, "Y": 1, "M": 12, "D": 365}  # how many of the unit make one
+
+
+def _entries(root: Path) -> Iterator[tuple[str, tuple[str, ...], int, int, Sex, View]]:
+    """Image, labels, patient, age, sex and view of each row."""
+    file = next((root / name for name in _ENTRIES if (root / name).is_file()), root / _ENTRIES[-1])
+    rows = _rows(file)
+    header = next(
+        rows, []
+    )  # `OriginalImage[Width,Height]` is not quoted: more columns than names, the same in each row
+    try:
+        image, labels, patient, age, sex, view = map(header.index, _COLUMNS)
+    except ValueError:
+        raise DatasetError(
+            f"{file} begins with {', '.join(header[:4])}; expected the columns {', '.join(_COLUMNS)}: take the file "
+            "as NIH publishes it"
+        ) from None
+    for number, row in enumerate(rows, 2):
+        try:
+            yield (
+                row[image],
+                _labels(row[labels]),
+                int(row[patient]),
+                _age(row[age]),
+                _SEXES[row[sex]],
+                _VIEWS[row[view]],
+            )
+        except (LookupError, ValueError):
+            raise DatasetError(
+                f"{file}, line {number}: not a row of the data set; expected an image, labels of the 14 findings "
+                "separated by |, a patient's number, age (58 or 058Y), sex (F, M) and view (PA, AP): take the file as "
+                "NIH publishes it"
+            ) from None
+
+
+@cache
+def _labels(text: str) -> tuple[str, ...]:
+    if text == "No Finding":
+        return ()
+    return tuple(sorted(text.split("|"), key=LABELS.index))  # ValueError for an unknown one
+
+
+@cache
+def _age(text: str) -> int:
+    """Whole years: the newer file says 58, the older one 058Y, and 011M or 013D of infants."""
+    number = text.rstrip("YMD")
+    return int(number) // _YEAR[text[len(number) :]]
 
 
 def _box(row: list[str]) -> NihBox:
@@ -217,18 +291,6 @@ def _splits(root: Path) -> dict[str, Split]:
             )
         splits.update(dict.fromkeys(images, split))
     return splits
-
-
-def _paths(root: Path) -> dict[str, Path]:
-    """Where each image is; of an image in several folders the first one."""
-    paths: dict[str, Path] = {}
-    for name in _FOLDERS:
-        folder = root / name
-        if folder.is_dir():
-            for image in os.listdir(folder):
-                if image.endswith(".png"):
-                    paths.setdefault(image, folder / image)
-    return paths
 
 
 def _rows(file: Path) -> Iterator[list[str]]:

@@ -34,8 +34,8 @@ corner = st.integers(0, SIDE - 1)
 rectangles = st.tuples(corner, corner, corner, corner).map(
     lambda c: (c[0], c[1], min(c[2] + 1, SIDE - c[0]), min(c[3] + 1, SIDE - c[1]))
 )
-truths = st.builds(lambda r, f: truth(*r, finding=f), rectangles, st.sampled_from(FINDINGS))
-founds = st.builds(lambda r, f: found(*r, finding=f), rectangles, st.sampled_from(FINDINGS))
+truths = st.builds(lambda r, f: truth(r[0], r[1], r[2], r[3], f), rectangles, st.sampled_from(FINDINGS))
+founds = st.builds(lambda r, f: found(r[0], r[1], r[2], r[3], f), rectangles, st.sampled_from(FINDINGS))
 
 
 def painted(box: Rectangle) -> npt.NDArray[np.bool_]:

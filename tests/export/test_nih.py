@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from thoraxrt.engine.errors import DatasetError
-from thoraxrt.export.nih import LABELS, NihBox, NihDataset
+from thoraxrt.export.nih import LABELS, NihBox, NihDataset, boxes_in, image_files
 
 NIH = Path(__file__).parents[3] / "shared" / "nih"
 
@@ -51,6 +51,31 @@ def test_records(folder: Path) -> None:
     )
 
 
+def test_who_and_how(folder: Path) -> None:
+    assert [(r.age, r.sex, r.view) for r in NihDataset.open(folder)] == [
+        (57, "M", "PA"),
+        (58, "M", "PA"),
+        (58, "F", "AP"),
+        (58, "F", "AP"),
+    ]
+
+
+def test_the_older_file(folder: Path) -> None:
+    """Ages with a unit, padded patients, CRLF, a BOM, and a header without the comma at its end."""
+    (folder / "Data_Entry_2017.csv").write_bytes(
+        b"\xef\xbb\xbfImage Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+        b"OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]\r\n"
+        b"00000001_000.png,Hernia|Cardiomegaly,000,00000001,058Y,M,PA,2682,2749,0.143,0.143\r\n"
+        b"00000001_001.png,No Finding,001,00000001,011M,M,PA,2682,2749,0.143,0.143\r\n"
+        b"00000002_000.png,Infiltration,000,00000002,028M,F,AP,2682,2749,0.143,0.143\r\n"
+        b"00000003_000.png,Mass,000,00000003,009D,F,AP,2682,2749,0.143,0.143\r\n"
+    )
+    records = NihDataset.open(folder).records
+    assert [record.age for record in records] == [58, 0, 2, 0]
+    assert [record.patient for record in records] == [1, 1, 2, 3]
+    assert records[0].labels == ("Cardiomegaly", "Hernia")
+
+
 def test_selections(folder: Path) -> None:
     dataset = NihDataset.open(folder)
     names = {
@@ -80,12 +105,28 @@ def test_label_matrix(folder: Path) -> None:
     assert NihDataset.open(folder).split("train_val").split("test").label_matrix().shape == (0, 14)
 
 
-@pytest.mark.parametrize("place", ["", "images", "images_001/images", "images_012/images"])
+@pytest.mark.parametrize("place", ["", "images", "images_001/images", "images_012/images", "images_001", "images_012"])
 def test_where_images_may_be(folder: Path, place: str) -> None:
     file = folder / place / "00000001_000.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
     assert NihDataset.open(folder).records[0].path == file
+
+
+def test_of_an_image_in_two_places_the_first_is_read(folder: Path) -> None:
+    (folder / "images_003").mkdir()
+    (folder / "images_003" / "00000002_000.png").touch()
+    assert [(place.name, name) for place, name in image_files(folder)] == [
+        ("images", "00000002_000.png"),
+        ("images_003", "00000002_000.png"),
+    ]
+    assert NihDataset.open(folder).records[2].path == folder / "images" / "00000002_000.png"
+
+
+def test_boxes_of_images_that_no_list_names_are_still_read(folder: Path) -> None:
+    edit(folder, "BBox_List_2017.csv", lambda t: t + "00000009_000.png,Mass,1,2,3,4\n")
+    assert set(boxes_in(folder)) == {"00000002_000.png", "00000009_000.png"}
+    assert len(NihDataset.open(folder).boxed()) == 1
 
 
 def test_the_newer_entry_file_is_preferred(folder: Path) -> None:
@@ -113,6 +154,9 @@ def test_no_folder(tmp_path: Path) -> None:
         ("Data_Entry_2017.csv", lambda t: "", "expected the columns"),
         ("Data_Entry_2017.csv", lambda t: t.replace("Hernia", "Measles"), "line 2: not a row"),
         ("Data_Entry_2017.csv", lambda t: t.replace("1,1,58", "1,one,58"), "line 3: not a row"),
+        ("Data_Entry_2017.csv", lambda t: t.replace("1,1,58", "1,1,5x"), "line 3: not a row"),
+        ("Data_Entry_2017.csv", lambda t: t.replace("58,F", "58,?"), "line 4: not a row"),
+        ("Data_Entry_2017.csv", lambda t: t.replace("F,AP", "F,LL"), "line 4: not a row"),
         ("Data_Entry_2017.csv", lambda t: t + "00000004_000.png\n", "line 6: not a row"),
         ("BBox_List_2017.csv", lambda t: t.replace("30,40", "30"), "line 2: not a box"),
         ("BBox_List_2017.csv", lambda t: t.replace("30,40", "0,40"), "line 2: not a box"),
@@ -142,6 +186,9 @@ def test_the_real_data_set() -> None:
     assert (len(dataset.boxed()), sum(len(record.boxes) for record in dataset)) == (880, 984)
     assert all(record.split == "test" for record in dataset.boxed())
     assert sum(box.finding == "Infiltration" for record in dataset for box in record.boxes) == 123
+    assert sum(record.sex == "F" for record in dataset) == 48_780
+    assert sum(record.view == "AP" for record in dataset) == 44_810
+    assert max(record.age for record in dataset) == 95
     published = (11559, 2776, 13317, 19894, 5782, 6331, 1431, 5302, 4667, 2303, 2516, 1686, 3385, 227)
     assert tuple(dataset.label_matrix().sum(axis=0, dtype=int)) == published
 
