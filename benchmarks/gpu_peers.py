@@ -29,10 +29,9 @@ from thoraxrt.engine.cuda.pipeline import Network
 from thoraxrt.engine.errors import BackendUnavailableError
 from thoraxrt.engine.preprocess import network_input
 from thoraxrt.export.checkpoint import read_checkpoint
-from thoraxrt.export.graph import IMAGENET
-from thoraxrt.export.networks import CxrNetwork
+from thoraxrt.export.graph import IMAGENET, Normalisation
 
-__all__ = ["AsTrained", "interleaved_ms", "ratios"]
+__all__ = ["AsTrained", "interleaved_ms", "ratios", "within"]
 
 OURS: Final = "thoraxrt"
 PEERS: Final = {
@@ -52,13 +51,13 @@ Candidate = Callable[[Tensor], object]
 class AsTrained(nn.Module):
     """The network as a training script would run it: uint8 `(N, 1, S, S)`, normalised, to logits `(N, C)`."""
 
-    def __init__(self, network: CxrNetwork, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype, normalisation: Normalisation = IMAGENET) -> None:
         super().__init__()
         self.network = network.eval().to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = dtype
         self.mean: Tensor
         self.std: Tensor
-        for name, values in (("mean", IMAGENET.mean), ("std", IMAGENET.std)):
+        for name, values in (("mean", normalisation.mean), ("std", normalisation.std)):
             self.register_buffer(name, torch.tensor(values, dtype=dtype)[None, :, None, None])
 
     def forward(self, image: Tensor) -> Tensor:
@@ -110,7 +109,7 @@ def ratios(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _within(seconds: float) -> Iterator[None]:
+def within(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the block once it has taken so long."""
 
     def stop(*_: object) -> None:
@@ -196,7 +195,7 @@ def main(said: Said, work: Path, seconds: float, folder: Path | None) -> None:
             for name, make in makers.items():
                 print(f"batch {batch}: {name}", flush=True)
                 try:
-                    with _within(end - time.monotonic() - _MEASURING_S * (later + 1)), torch.inference_mode():
+                    with within(end - time.monotonic() - _MEASURING_S * (later + 1)), torch.inference_mode():
                         candidate = make()
                         candidate(inputs[0])
                         candidate(inputs[0])

@@ -1,0 +1,80 @@
+"""Timing on a machine that is shared: what is compared takes turns, round by round, beside a fixed piece of work.
+
+Owns the turns, and the yardstick by which one run's times are compared with another's. Knows nothing of what it times.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+import numpy as np
+from scipy.stats import quantile_test
+
+from thoraxrt.benchmarks.auroc import Interval
+from thoraxrt.export import Track, no_progress
+
+__all__ = ["Rounds", "interleaved", "median_interval", "speed_ups", "yardstick_ms"]
+
+_CALLS: Final = 3  # a turn
+_SQUARE: Final = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
+
+
+class Rounds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One work's milliseconds by round, and the mean of the yardstick's just before and just after it."""
+
+    milliseconds: tuple[float, ...]
+    yardstick_ms: tuple[float, ...]
+
+    @property
+    def relative(self) -> tuple[float, ...]:
+        """Its time in yardsticks, by round: what is left when the whole machine is slower or faster."""
+        return tuple(own / yard for own, yard in zip(self.milliseconds, self.yardstick_ms, strict=True))
+
+
+def interleaved(
+    works: Mapping[str, Callable[[], object]], rounds: int, track: Track = no_progress
+) -> dict[str, Rounds]:
+    """Time each work in every round.
+
+    A turn is a call that is not timed (the last one's threads come to rest, its own weights into the cache), then
+    three that are, between two yardsticks.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
+    yardsticks: dict[str, list[float]] = {name: [] for name in works}
+    for _ in track(range(rounds), "Measuring", rounds):
+        for name, work in works.items():
+            work()
+            before = yardstick_ms()
+            start = time.perf_counter()
+            for _ in range(_CALLS):
+                work()
+            times[name].append(1000 * (time.perf_counter() - start) / _CALLS)
+            yardsticks[name].append((before + yardstick_ms()) / 2)
+    return {name: Rounds(milliseconds=tuple(times[name]), yardstick_ms=tuple(yardsticks[name])) for name in works}
+
+
+def yardstick_ms() -> float:
+    """Milliseconds of a work that is nobody's who is compared: a numpy product of side 1,024 in FP32."""
+    start = time.perf_counter()
+    _SQUARE @ _SQUARE
+    return 1000 * (time.perf_counter() - start)
+
+
+def speed_ups(reference: Rounds, own: Rounds) -> tuple[float, ...]:
+    """How many times faster than the reference, by round."""
+    return tuple(theirs / mine for theirs, mine in zip(reference.milliseconds, own.milliseconds, strict=True))
+
+
+def median_interval(values: tuple[float, ...]) -> tuple[float, Interval | None]:
+    """The median and its 95 % interval by order statistics, whatever the distribution; None for fewer than 6 values.
+
+    Source: Conover, Practical Nonparametric Statistics, 3rd edition, section 3.2, as scipy computes it.
+    """
+    found = quantile_test(values, p=0.5).confidence_interval(0.95)
+    known = math.isfinite(found.low) and math.isfinite(found.high)
+    return statistics.median(values), Interval(low=float(found.low), high=float(found.high)) if known else None
