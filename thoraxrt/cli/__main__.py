@@ -1,0 +1,5 @@
+"""`python -m thoraxrt.cli`."""
+
+from thoraxrt.cli import main
+
+main()
