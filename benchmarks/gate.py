@@ -1,29 +1,35 @@
 """Whether a bench result is slower than another beyond noise: `compare`, for a person and for CI.
 
-Owns the rule. Knows neither how figures were measured nor accuracy, whose gate is the parity check.
+Owns the rule. Only what was timed in rounds beside a yardstick is compared: on a machine that is shared, nothing else
+tells a slower build from a busier minute. Accuracy has a gate of its own, the parity check.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import msgspec
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 from scipy.stats import norm
 
 from thoraxrt.benchmarks.auroc import Interval
+from thoraxrt.benchmarks.bench import BenchResult
 from thoraxrt.benchmarks.rounds import Rounds
 from thoraxrt.engine.errors import RequestError
 
-__all__ = ["MARGIN", "Change", "Comparison", "change"]
-
-_FEWEST: Final = 8
+__all__ = ["MARGIN", "Change", "Comparison", "change", "compare", "print_comparison"]
 
 
 MARGIN: Final = 0.1
 """How much slower, as a share, is not yet a regression: by so much runs of one build differ from each other."""
+
+_FEWEST: Final = 8
+"""Rounds: fewer give no 99 % interval worth the name."""
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,6 +64,69 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return any(change.verdict == "slower" for change in self.changes)
 
 
+def compare(before: BenchResult, after: BenchResult, *, margin: float = MARGIN, anyway: bool = False) -> Comparison:
+    """What changed from one result to the other, see `change`.
+
+    Raises RequestError where they are of different bundles, backends, precisions, CPUs or GPUs, unless `anyway`, where
+    no figure is in both, or where there are too few rounds.
+    """
+    if not anyway and (odd := _differences(_subject(before), _subject(after))):
+        raise RequestError(
+            f"these results are not of the same thing ({'; '.join(odd)}); compare them anyway, or not at all"
+        )
+    figures, others = _figures(before), _figures(after)
+    both = [name for name in figures if name in others]
+    if not both:
+        raise RequestError(
+            "the results have no figure in common that was timed in rounds; run thoraxrt bench with its peers"
+        )
+    return Comparison(
+        margin=margin,
+        changes=tuple(change(name, figures[name], others[name], margin) for name in both),
+        missing=tuple(sorted(figures.keys() ^ others.keys())),
+        different=_differences(_software(before), _software(after)),
+    )
+
+
+def _figures(result: BenchResult) -> dict[str, Rounds]:
+    return {f"network alone, {peer.name}": peer.rounds for peer in result.peers if peer.rounds}
+
+
+def _subject(result: BenchResult) -> dict[str, object]:
+    """What must be the same for a change of time to mean anything."""
+    here = result.environment
+    return {
+        "bundle": result.bundle_sha256[:12],
+        "backend": result.backend,
+        "precision": result.precision,
+        "CPU": here.cpu,
+        "CPUs": here.cpus,
+        "CPU quota": here.cpu_quota,
+        "GPUs": ", ".join(gpu.name for gpu in here.gpus) or None,
+        "thread settings": here.threads or None,
+    }
+
+
+def _software(result: BenchResult) -> dict[str, object]:
+    """What may have changed the time."""
+    here = result.environment
+    return {
+        "commit": here.commit,
+        "thoraxrt": here.thoraxrt,
+        "python": here.python,
+        "system": here.system,
+        **here.versions,
+    }
+
+
+def _differences(before: Mapping[str, object], after: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(
+        f"{name} {before.get(name)} and {after.get(name)}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    )
+
+
 def change(figure: str, before: Rounds, after: Rounds, margin: float = MARGIN) -> Change:
     """Compare one figure's rounds.
 
@@ -69,7 +138,7 @@ def change(figure: str, before: Rounds, after: Rounds, margin: float = MARGIN) -
     m, n = len(before.milliseconds), len(after.milliseconds)
     if min(m, n) < _FEWEST:
         raise RequestError(f"{figure}: {m} and {n} rounds; expected at least {_FEWEST} in both results")
-    outside = int(m * n / 2 - norm.ppf(0.995) * math.sqrt(m * n * (m + n + 1) / 12))
+    outside = int(m * n / 2 - norm.ppf(0.995) * math.sqrt(m * n * (m + n + 1) / 12)) - 1
     ratio, low, high = float(np.median(ratios)), float(ratios[outside]), float(ratios[-1 - outside])
     verdict: Literal["slower", "faster", "same", "cannot tell"] = "cannot tell"
     if low > 1 + margin:
@@ -86,3 +155,20 @@ def change(figure: str, before: Rounds, after: Rounds, margin: float = MARGIN) -
         interval=Interval(low=low, high=high),
         verdict=verdict,
     )
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """A table, what is missing and what else is different."""
+    table = Table(
+        *("figure", "before, ms", "after, ms", "ratio in yardsticks", "99 % interval", ""),
+        title=f"slower or faster: beyond {comparison.margin:.0%}, the whole interval",
+    )
+    for found in comparison.changes:
+        table.add_row(
+            *(found.figure, f"{found.before_ms:.2f}", f"{found.after_ms:.2f}", f"{found.ratio:.3f}"),
+            *(f"{found.interval.low:.3f} to {found.interval.high:.3f}", found.verdict),
+        )
+    console.print(table)
+    for heading, entries in (("not in both", comparison.missing), ("different", comparison.different)):
+        if entries:
+            console.print(f"{heading}: {'; '.join(entries)}", markup=False)
