@@ -6,7 +6,7 @@ Owns the tests, their correction and the verdict; what is compared comes ranked 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import msgspec
@@ -106,12 +106,12 @@ def compare(candidate: Ranking, reference: Ranking, margin: float = MARGIN) -> C
         for ours, theirs in zip(candidate.columns, reference.columns, strict=True)
     ]
     settled = [_settled(candidate, reference, column) for column in range(len(cohort.labels))]
-    shift_p = {  # that the loss is the margin or more, and that it is the margin or less
-        column: _one_sided(difference, margin)
+    p_values = {
+        column: _p_values(difference, margin)
         for column, difference in enumerate(differences)
         if difference is not None and settled[column] is None
     }
-    holm = dict(zip(shift_p, zip(*map(_holm, zip(*shift_p.values(), strict=True)), strict=True), strict=True))
+    corrected = _holm(p_values)
     return Comparison(
         images=len(cohort.patients),
         patients=len(cohort.draws),
@@ -121,9 +121,9 @@ def compare(candidate: Ranking, reference: Ranking, margin: float = MARGIN) -> C
         level=LEVEL,
         power=POWER,
         enough_patients=ENOUGH,
-        tested=len(shift_p),
+        tested=len(p_values),
         findings=tuple(
-            _difference(label, difference, settled[column], shift_p.get(column), holm.get(column), len(shift_p))
+            _difference(label, difference, settled[column], p_values.get(column), corrected.get(column), len(p_values))
             for column, (label, difference) in enumerate(zip(cohort.labels, differences, strict=True))
         ),
     )
@@ -174,8 +174,9 @@ def _z(value: float, error: float) -> float:
     return math.copysign(math.inf, value) if value else 0.0
 
 
-def _one_sided(difference: Placements, margin: float) -> tuple[float, float]:
-    assert difference.clustered_error is not None  # there are at least 20 patients of both kinds
+def _p_values(difference: Placements, margin: float) -> tuple[float, float]:
+    """One-sided: that the loss is the margin or more, and that it is the margin or less."""
+    assert difference.clustered_error is not None  # at least 20 patients are of either kind
     z = _z(difference.value + margin, difference.clustered_error)
     return float(norm.sf(z)), float(norm.cdf(z))
 
@@ -184,8 +185,12 @@ def _two_sided(value: float, error: float | None) -> float | None:
     return None if error is None else float(2 * norm.sf(abs(_z(value, error))))
 
 
-def _holm(p_values: Sequence[float]) -> list[float]:
-    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+def _holm(p_values: Mapping[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
+    """Each hypothesis corrected over the findings it was tested on."""
+    if not p_values:
+        return {}
+    more, less = (multipletests(p, method="holm")[1].tolist() for p in zip(*p_values.values(), strict=True))
+    return dict(zip(p_values, zip(more, less, strict=True), strict=True))
 
 
 def _detectable(error: float | None, tested: int) -> float | None:
