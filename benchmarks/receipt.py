@@ -181,5 +181,7 @@ class Receipt(_Strict, frozen=True, kw_only=True):
 
     @property
     def passed(self) -> bool:
-        """Whether nothing that was compared failed."""
-        return all(result.verdict is None or result.verdict.passed for result in self.results)
+        """Whether no candidate failed, and network inputs are Pillow's in every bit."""
+        given = self.preprocessing
+        fed = given is None or given.identical == given.images
+        return fed and all(result.verdict is None or result.verdict.passed for result in self.results)

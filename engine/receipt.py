@@ -50,9 +50,15 @@ class _Environment(msgspec.Struct):
     date: str
 
 
+class _Preprocessing(msgspec.Struct):
+    images: int
+    identical: int
+
+
 class _Receipt(msgspec.Struct):
     bundle: str
     environment: _Environment
+    preprocessing: _Preprocessing | None
     results: tuple[_Result, ...]
 
 
@@ -60,7 +66,7 @@ def read_receipt(bundle: Bundle) -> PassedParity | None:
     """What the receipt beside the bundle's files says; None where there is none.
 
     A backend and precision passed where each verdict on them, through the engine or a server, is a pass, or where
-    they are the reference. Raises BundleError where the receipt is damaged or of another manifest, SignatureError
+    they are the reference; none did where network inputs were not those of training. Raises BundleError where the receipt is damaged or of another manifest, SignatureError
     where the bundle was opened with trusted keys and none of them signed it.
     """
     path = bundle.path / RECEIPT
@@ -77,7 +83,9 @@ def read_receipt(bundle: Bundle) -> PassedParity | None:
         raise BundleError(
             f"{path} is of the manifest {receipt.bundle[:12]}, this one is {bundle.sha256[:12]}; {_REMEDY} anew"
         )
-    ours = [result for result in receipt.results if result.candidate.through in ("engine", "server")]
+    given = receipt.preprocessing
+    fed = given is None or given.identical == given.images
+    ours = [result for result in receipt.results if fed and result.candidate.through in ("engine", "server")]
     named = {(result.candidate.backend, result.candidate.precision) for result in ours}
     failed = {
         (result.candidate.backend, result.candidate.precision)

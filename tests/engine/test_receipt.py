@@ -19,8 +19,8 @@ def bundle(sample_bundle: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(sample_bundle.path, tmp_path / "copy.bundle"))
 
 
-def said(bundle: Bundle, **verdicts: bool | None) -> bytes:
-    """A receipt with what the edge reads of it: verdicts by `backend_precision_through`."""
+def said(bundle: Bundle, identical: int = 24, **verdicts: bool | None) -> bytes:
+    """A receipt with what the edge reads of it: verdicts by `backend_precision_through`, and 24 network inputs."""
     results = [
         {
             "candidate": dict(zip(("backend", "precision", "through"), name.split("_"), strict=True)),
@@ -29,7 +29,13 @@ def said(bundle: Bundle, **verdicts: bool | None) -> bytes:
         }
         for name, passed in verdicts.items()
     ]
-    return json.dumps({"bundle": bundle.sha256, "environment": {"date": "2026-11-24"}, "results": results}).encode()
+    receipt = {
+        "bundle": bundle.sha256,
+        "environment": {"date": "2026-11-24"},
+        "preprocessing": {"images": 24, "identical": identical},
+        "results": results,
+    }
+    return json.dumps(receipt).encode()
 
 
 def test_no_receipt(bundle: Bundle) -> None:
@@ -57,6 +63,12 @@ def test_what_passed_is_what_no_verdict_says_otherwise_of(bundle: Bundle) -> Non
     for refused in (("openvino", "int8"), ("onnxruntime", "int8"), ("tensorrt", "fp32"), ("pytorch", "fp32")):
         with pytest.raises(BundleError, match=r"has not passed .* passed: onnxruntime:fp32, openvino:bf16: run one"):
             require_parity(bundle, *refused)
+
+
+def test_nothing_passed_where_network_inputs_were_others(bundle: Bundle) -> None:
+    write_receipt(bundle, said(bundle, identical=23, onnxruntime_fp32_engine=None))
+    with pytest.raises(BundleError, match="passed: none: run"):
+        require_parity(bundle, "onnxruntime", "fp32")
 
 
 def test_a_receipt_of_another_manifest_or_of_nothing_is_refused(bundle: Bundle) -> None:
