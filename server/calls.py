@@ -10,30 +10,26 @@ import inspect
 import logging
 import time
 import traceback
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from thoraxrt.engine.errors import RequestError, ThoraxrtError
+from thoraxrt.engine.errors import DeadlineError, RequestError, ThoraxrtError
 from thoraxrt.server.scheduler import FaultError
 from thoraxrt.server.status import Status, fault, status_from_error
 from thoraxrt.server.telemetry import NullTelemetry
 
-__all__ = ["Calls", "status_from_exception", "whole"]
+__all__ = ["Calls", "deadline_of", "only_message", "status_from_exception", "whole"]
+
+_MESSAGE_S: Final = 60.0
+"""How long a unary call's message may take to arrive, whatever the call's own deadline."""
 
 _log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # generic in the stubs only
     _Handler = grpc.RpcMethodHandler[Any, Any]
-
-_MAKERS: Any = {  # by whether requests and responses are streams
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
-}
 
 
 def status_from_exception(method: str, error: Exception) -> Status:
@@ -77,13 +73,14 @@ class Calls(grpc.aio.ServerInterceptor):
         answer = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         parse = None if handler.request_streaming else handler.request_deserializer
 
-        async def answered(request: Any, context: Any) -> Any:
+        async def answered(requests: Any, context: Any) -> Any:
             began, code = time.perf_counter(), grpc.StatusCode.CANCELLED
             self._telemetry.begun(method)
             try:
                 with self._telemetry.span(method, metadata, method=method):
                     try:
-                        response = await _answered(answer, parse(request) if parse else request, context)
+                        request = parse(await only_message(requests)) if parse else requests
+                        response = await _answered(answer, request, context)
                     except (grpc.aio.AbortError, asyncio.CancelledError):
                         code = context.code() or code
                         raise
@@ -98,12 +95,33 @@ class Calls(grpc.aio.ServerInterceptor):
             finally:
                 self._telemetry.answered(method, code.name, time.perf_counter() - began)
 
-        wrapped: _Handler = _MAKERS[handler.request_streaming, handler.response_streaming](
-            answered,
-            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
-            response_serializer=handler.response_serializer,
+        make: Any = (  # of a stream of requests: gRPC itself would wait for a unary call's message, for ever
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
         )
+        wrapped: _Handler = make(answered, None if parse else handler.request_deserializer, handler.response_serializer)
         return wrapped
+
+
+async def only_message(requests: AsyncIterator[Any]) -> Any:
+    """A unary call's message. Raises RequestError where the call ends without one, DeadlineError where none comes."""
+    try:
+        async with asyncio.timeout(_MESSAGE_S):
+            async for request in requests:
+                return request
+    except TimeoutError:
+        raise DeadlineError(f"no message came for {_MESSAGE_S:g} s; send it with the call") from None
+    raise RequestError("the call brought no message; expected one")
+
+
+def deadline_of(context: Any) -> float | None:
+    """When the call ends, by `time.monotonic`; None where it says nothing of it.
+
+    To be asked for when a call begins: gRPC tells the time that remains by the wall clock, which may be set meanwhile.
+    """
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
 
 
 async def whole(writing: Awaitable[None]) -> None:

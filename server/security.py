@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import grpc
 
 from thoraxrt.engine.errors import AccessError, AuthenticationError, AuthorizationError, RequestError
+from thoraxrt.server.calls import only_message
 from thoraxrt.server.certificates import TlsOptions, principal_from_certificate
 from thoraxrt.server.oidc import Oidc, OidcOptions
 from thoraxrt.server.principal import ANONYMOUS, Principal, Role, current_principal
@@ -190,7 +191,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
         async def answer_if_allowed(requests: Any, context: _Context) -> Any:
             current_principal.set(await self._allowed(method, access, metadata, context))
-            request = requests if handler.request_streaming else await _only(requests)
+            request = requests if handler.request_streaming else await only_message(requests)
             if not isasyncgenfunction(answer):
                 return await answer(request, context)
             async with aclosing(answer(request, context)) as responses:
@@ -218,13 +219,6 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             self._refused(method, context.peer(), error)
             raise
         return principal
-
-
-async def _only(requests: Any) -> Any:
-    """A unary call's message. Raises RequestError where the call ended without one."""
-    async for request in requests:
-        return request
-    raise RequestError("the call brought no message; expected one")
 
 
 def check_exposure(host: str, tls: bool, insecure: bool, *, authenticates: bool) -> None:

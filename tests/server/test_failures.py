@@ -14,6 +14,7 @@ import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from typing import Final
 
 import grpc
 import numpy as np
@@ -33,6 +34,7 @@ from thoraxrt.engine.errors import (
 )
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
+from thoraxrt.server import calls
 from thoraxrt.server.audit import AuditLog, AuditOptions
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.client import Client
@@ -311,6 +313,29 @@ def test_a_unary_call_brings_one_message(channel, client, radiograph, messages, 
             call(iter(messages), timeout=20)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert client.predict(radiograph(0)).prediction.width == 97
+
+
+READS_ONE: Final = (
+    "/thoraxrt.v1.PredictionService/GetModel",
+    "/inference.GRPCInferenceService/ModelInfer",
+    "/inference.GRPCInferenceService/ServerLive",
+    "/grpc.health.v1.Health/Check",
+)
+
+
+@pytest.mark.parametrize("path", READS_ONE)
+def test_a_call_without_its_message_ends_also_where_it_has_no_deadline(channel, path, monkeypatch):
+    with pytest.raises(grpc.RpcError, match="the call brought no message; expected one") as caught:
+        channel.stream_unary(path)(iter(()))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    monkeypatch.setattr(calls, "_MESSAGE_S", 0.2)
+    ended = threading.Event()
+    coming = channel.stream_unary(path).future(iter(ended.wait, True))  # for ever
+    try:
+        assert coming.exception(timeout=20).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "no message came for 0.2 s" in coming.exception().details()
+    finally:
+        ended.set()
 
 
 def test_a_body_that_does_not_come_loses_its_room_at_the_servers_deadline(engine, radiograph):
