@@ -28,7 +28,7 @@ from thoraxrt.proto.oip import open_inference_pb2 as pb
 from thoraxrt.proto.oip import open_inference_pb2_grpc
 from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import Priority
-from thoraxrt.server.calls import status_from_exception, whole
+from thoraxrt.server.calls import deadline_of, status_from_exception, whole
 from thoraxrt.server.models import Loaded, ModelStatus
 from thoraxrt.server.service import Lender, audited, client_of
 from thoraxrt.server.telemetry import NullTelemetry, Telemetry
@@ -137,17 +137,17 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: _Context) -> pb.ModelInferResponse:  # noqa: N802
         """See the proto."""
-        return await self._infer(request, context)
+        return await self._infer(request, context, deadline_of(context))
 
     async def ModelStreamInfer(  # noqa: N802
         self, requests: AsyncIterator[pb.ModelInferRequest], context: _Context
     ) -> None:
         """See the proto."""
-        room, writing = asyncio.Semaphore(_STREAM_REQUESTS), asyncio.Lock()
+        room, writing, deadline = asyncio.Semaphore(_STREAM_REQUESTS), asyncio.Lock(), deadline_of(context)
 
         async def answer(request: pb.ModelInferRequest) -> None:
             try:
-                response = pb.ModelStreamInferResponse(infer_response=await self._infer(request, context))
+                response = pb.ModelStreamInferResponse(infer_response=await self._infer(request, context, deadline))
             except Exception as error:
                 said = status_from_exception("ModelStreamInfer", error).details
                 response = pb.ModelStreamInferResponse(
@@ -212,13 +212,16 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         await self._models.unload(request.model_name)  # Triton's `unload_dependents` is about ensembles
         return pb.RepositoryModelUnloadResponse()
 
-    async def _infer(self, request: pb.ModelInferRequest, context: _Context) -> pb.ModelInferResponse:
+    async def _infer(
+        self, request: pb.ModelInferRequest, context: _Context, deadline: float | None
+    ) -> pb.ModelInferResponse:
         with self._leased(request.model_name, request.model_version) as loaded, self._counting(loaded) as counted:
             wanted = _wanted(request)
             images = _images(request, loaded.engine.manifest.preprocess.input_size)
             priority, timeout_s, boxes_for = _parameters(request.parameters)
             loaded.engine.check_findings(boxes_for)
-            remaining = [limit for limit in (timeout_s, context.time_remaining()) if limit is not None]
+            left_s = None if deadline is None else deadline - time.monotonic()
+            remaining = [limit for limit in (timeout_s, left_s) if limit is not None]
             if self._audit:
                 self._audit.check()
             ticket = loaded.scheduler.admit(min(remaining, default=None), priority, client_of(context), len(images))
