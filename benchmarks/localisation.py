@@ -92,8 +92,8 @@ def localisation(
     positive. Where the paper is silent: (1) IoBB and IoU are judged apart, as its tables are; at equal thresholds its
     "either IoU or IoBB" is IoBB alone, for IoU is never above it. (2) One detected box may localise several annotated
     ones, and several detected boxes one, none of them a false positive. (3) The average is over images, each counted
-    once. The paper's averages are whole multiples of 1/984, the rows of the box list, on 880 images: it took rows for
-    images, or divided by them. `false_positives` lets either be computed.
+    once. The paper's averages are whole multiples of 1/984: of rows of the box list, one per image and finding, of
+    which 880 images have one or more. `false_positives` lets either be computed.
 
     Raises ValueError where the two sequences differ in length or are empty.
     """

@@ -62,7 +62,7 @@ class LocalisationReference(msgspec.Struct, frozen=True, kw_only=True, forbid_un
 class DataSheet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What NIH's data sheet says of the data set.
 
-    `counts` are the images with each finding, in the order of LABELS; `co_occurrence[i][j]` those with both, and on its
+    `counts` are the images with each finding, in the order of LABELS, `no_finding` those with none; `co_occurrence[i][j]` those with both, and on its
     diagonal those with that finding *alone*.
     """
 
@@ -70,6 +70,7 @@ class DataSheet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     images: int
     patients: int
     counts: tuple[int, ...]
+    no_finding: int
     co_occurrence: tuple[tuple[int, ...], ...]
 
 
@@ -226,10 +227,11 @@ TABLE_19: Final = LocalisationReference(
 )
 
 DATA_SHEET: Final = DataSheet(
-    source=f"NIH's data sheet (README_CHESTXRAY.pdf), the counts also in {_WANG}, Table 16",
+    source=f"NIH's data sheet (README_CHESTXRAY.pdf), the counts, and those with none, in {_WANG}, Table 16",
     images=112_120,
     patients=30_805,
     counts=(11535, 2772, 13307, 19871, 5746, 6323, 1353, 5298, 4667, 2303, 2516, 1686, 3385, 227),
+    no_finding=60_412,
     co_occurrence=(
         (4212, 369, 3269, 3259, 727, 585, 243, 772, 1222, 221, 423, 220, 495, 40),
         (369, 1094, 1060, 583, 99, 108, 36, 48, 169, 127, 44, 51, 111, 7),

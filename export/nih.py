@@ -30,6 +30,7 @@ __all__ = [
     "Split",
     "View",
     "boxes_in",
+    "entry_file",
     "image_files",
     "is_nih_layout",
 ]
@@ -183,7 +184,13 @@ class NihDataset:
 
 def is_nih_layout(folder: Path) -> bool:
     """Whether a folder has the data entry file that `NihDataset.open` begins with."""
-    return any((folder / name).is_file() for name in _ENTRIES)
+    return entry_file(folder).is_file()
+
+
+def entry_file(folder: Path) -> Path:
+    """The data entry file that is read: the revision of 2020 where there is one, else the older file, there or not."""
+    newer, older = (folder / name for name in _ENTRIES)
+    return newer if newer.is_file() else older
 
 
 def image_files(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -227,7 +234,7 @@ _YEAR = {"": 1, "Y": 1, "M": 12, "D": 365}  # how many of the unit make one
 
 def _entries(root: Path) -> Iterator[tuple[str, tuple[str, ...], int, int, Sex, View]]:
     """Image, labels, patient, age, sex and view of each row."""
-    file = next((root / name for name in _ENTRIES if (root / name).is_file()), root / _ENTRIES[-1])
+    file = entry_file(root)
     rows = _rows(file)
     header = next(
         rows, []
