@@ -209,8 +209,8 @@ def read(folder: Path) -> Scores:
     - `image`: string, its name: the path relative to the folder that was scored, or as a list names it
     - `sha256`: string, 64 hex digits, of the file's bytes; null where they could not be read: the next run tries again
     - `width`, `height`: int32, pixels of the original image; null where it has an error
-    - `logits`: list of float32, `probabilities`: list of float64 in 0..1, one each per label, in the order of the
-      header's labels; null where it has an error
+    - `logits`: list of float32, one per label of the header, in its order; null where it has an error
+    - `probabilities`: the same in float64, in 0..1
     - `boxes`: list of {finding, x, y, width, height, score, peak {x, y}}, float64, in pixels of the original image with
       the origin at its top left, scores in 0..1: those of the reported findings, best first
     - `located`: the same for findings that were asked for whatever their threshold, by the parity check
@@ -320,7 +320,7 @@ def _shown(value: str | tuple[str, ...]) -> str:
 def _matrix(column: pa.FixedSizeListArray) -> npt.NDArray[Any]:
     """Fixed-size lists `(N,)` of C values as `(N, C)`, NaN where a list is null."""
     shape = (len(column), column.type.list_size)
-    values = column.values.to_numpy(zero_copy_only=False).reshape(shape).copy()
+    values: npt.NDArray[Any] = column.values.to_numpy(zero_copy_only=False).reshape(shape).copy()
     values[column.is_null().to_numpy(zero_copy_only=False)] = np.nan
     return values
 
