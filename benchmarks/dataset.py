@@ -357,7 +357,9 @@ def _range(spread: Spread) -> str:
 
 
 def _labels_table(description: Description) -> Table:
-    table = Table("finding", "", "images", "published", "", "train_val", "test", "at hand", box=None, pad_edge=False)
+    table = Table(
+        "finding", "", "images", "published", "differs", "train_val", "test", "at hand", box=None, pad_edge=False
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     for label in description.labels:
@@ -381,7 +383,7 @@ def _published(count: int, published: int | None) -> tuple[str, Text]:
 
 
 def _matrix(description: Description) -> Group:
-    """The co-occurrence matrix, brighter where a share of the row's finding is larger."""
+    """The co-occurrence matrix, redder where it is a larger share of the row's finding."""
     table = Table("", *_SHORT.values(), box=None, padding=(0, 0, 0, 1), pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -392,19 +394,23 @@ def _matrix(description: Description) -> Group:
         for other, count in enumerate(description.co_occurrence[row]):
             mark = count != published[row][other]
             differ += mark and row <= other
-            cells.append(Text(str(count) if count else ".", style=_shade(count / max(label.images, 1), mark)))
+            cell = Text(str(count) if count else ".", style=_shade(count / max(label.images, 1)))
+            cells.append(cell)
+            if mark:
+                cell.stylize("underline")
         table.add_row(_SHORT[label.finding], *cells)
-    notes = [
-        "Images with both findings; on the diagonal with that finding alone. Lighter: a larger share of the row's."
-    ]
+    notes = ["Images with both, on the diagonal with that alone; red where much of the row's."]
     if differ:
         notes.append(f"{differ} of 105 differ from the data sheet (underlined).")
     return Group(table, *(Text(note, style="dim") for note in notes))
 
 
-def _shade(share: float, mark: bool) -> str:
-    gray = 100 + round(155 * min(1.0, share / 0.4))
-    return f"rgb({gray},{gray},{gray})" + (" underline" if mark else "")
+def _shade(share: float) -> str:
+    """Redder from a twentieth of the row's finding to half of it; black on it, to be read on any terminal."""
+    if share < 0.05:
+        return ""
+    rest = 235 - round(150 * min(1.0, share / 0.5))
+    return f"black on rgb(255,{rest},{rest})"
 
 
 def _boxes_table(description: Description) -> RenderableType:

@@ -1,7 +1,7 @@
 """Published results on ChestX-ray14, with their sources, and when a result of ours may stand beside them.
 
-Owns numbers only. Each was read in its paper's text, or where it says so in a paper that compares; a number that could
-not be read is left out. Knows nothing of how ours are computed.
+Owns numbers only: those of Wang et al., CheXNet and the data sheet were read in their text; of the other references only
+the mean is here, which public compilations give alike. Knows nothing of how ours are computed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def comparable(reference: Reference, split: str, images: int) -> bool:
 
 _WANG: Final = "Wang et al., ChestX-ray8, CVPR 2017, arXiv 1705.02315v5"
 _WANG_URL: Final = "https://arxiv.org/abs/1705.02315v5"
-_COMPARED: Final = "as given in Table 6 of Xiao et al., arXiv 2210.12843"
+_COMPARED: Final = "mean as compared in Table 6 of arXiv 2210.12843"
 
 REFERENCES: Final = (
     Reference(
@@ -134,7 +134,7 @@ REFERENCES: Final = (
     ),
     Reference(
         name="Guendel 2018",
-        network="DenseNet-121, trained on PLCO too",
+        network="DenseNet-121",
         source=f"Guendel et al., Location Aware Dense Networks, arXiv 1803.04565, {_COMPARED}",
         url="https://arxiv.org/abs/1803.04565",
         split="official",
