@@ -93,7 +93,9 @@ def localisation(
     "either IoU or IoBB" is IoBB alone, for IoU is never above it. (2) One detected box may localise several annotated
     ones, and several detected boxes one, none of them a false positive. (3) The average is over images, each counted
     once. The paper's averages are whole multiples of 1/984: of rows of the box list, one per image and finding, of
-    which 880 images have one or more. `false_positives` lets either be computed.
+    which 880 images have one or more. `false_positives` lets either be computed. (4) A finding is looked for on every
+    image, so `detected` should hold its boxes there too. On the annotated images alone the paper's counts would be 5 to
+    9 boxes of a finding per image; it says 1 to 3 (A.3).
 
     Raises ValueError where the two sequences differ in length or are empty.
     """
