@@ -26,6 +26,7 @@ from thoraxrt.engine.errors import AccessError, ConfigError, ImageError, Request
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
 from thoraxrt.server.batching import Priority
+from thoraxrt.server.probe import ClientTls
 from thoraxrt.server.status import PUSHBACK_KEY, Status, error_from_status
 from thoraxrt.server.watched import Watched, read_file
 from thoraxrt.server.wire import (
@@ -71,30 +72,6 @@ _CHANNEL_OPTIONS: Final = (
 
 _Metadata = tuple[tuple[str, str], ...]
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientTls:
-    """How the connection is encrypted, and what the client shows of itself; PEM files.
-
-    `ca` holds the certificates that may vouch for the server; without it, gRPC's own list of public authorities.
-    `certificate` and `private_key` are for a server that asks for a certificate.
-
-    Raises ValueError for one of the two without the other. Example: `ClientTls(ca=Path("ca.pem"))`.
-    """
-
-    ca: Path | None = None
-    certificate: Path | None = None
-    private_key: Path | None = None
-
-    def __post_init__(self) -> None:
-        if (self.certificate is None) != (self.private_key is None):
-            raise ValueError("ClientTls certificate and private_key go together; expected both, or neither")
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        """What gRPC makes of the files. Raises ConfigError where one cannot be read."""
-        named = ((self.ca, "CA file"), (self.private_key, "private key"), (self.certificate, "certificate"))
-        return grpc.ssl_channel_credentials(*(read_file(path, what) if path else None for path, what in named))
 
 
 class StudyReply(msgspec.Struct, frozen=True, kw_only=True, eq=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -155,14 +156,30 @@ def test_the_last_stage_runs_as_nobody_and_builds_nothing(stages):
     assert not [rest for name, rest in stages[-1] if name == "COPY" and "--from=build" in rest and "/source" in rest]
 
 
-def test_the_images_health_check_is_the_servers_health(stages, address, monkeypatch):
+def test_the_images_health_check_is_the_servers_health(stages, address, tmp_path, monkeypatch):
     (check_,) = [rest for name, rest in stages[-1] if name == "HEALTHCHECK"]
-    _, python, code = [json.loads(check_[check_.index("CMD [") + 4 :])[i] for i in (1, 0, 2)]
-    assert python == "python"
+    command = check_.partition(" CMD ")[2]
+    assert command.split()[:2] == ["thoraxrt", "health"]
+    stand_in = tmp_path / "thoraxrt"  # for the command line, which knows the function by this name
+    stand_in.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom thoraxrt.server.probe import health\nhealth(*sys.argv[2:])\n"
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("THORAXRT_SERVER__PORT", address.rpartition(":")[2])
-    assert subprocess.run([sys.executable, "-c", code], timeout=20).returncode == 0
+    asked = ["sh", "-c", command]
+    assert subprocess.run(asked, timeout=20).returncode == 0
     monkeypatch.setenv("THORAXRT_SERVER__PORT", "1")
-    assert subprocess.run([sys.executable, "-c", code], timeout=20, stderr=subprocess.DEVNULL).returncode != 0
+    refused = subprocess.run(asked, timeout=20, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "no server answers at 127.0.0.1:1 " in refused.stderr
+
+
+def test_every_probe_that_is_shown_is_one_that_there_is():
+    for name in ("Dockerfile", "kubernetes.yaml", "thoraxrt.service"):
+        text = (DEPLOY / name).read_text()
+        assert re.search(r"thoraxrt,? health", text), name
+        assert set(re.findall(r"--tls-\w+", text)) == {"--tls-ca", "--tls-name"}, name
 
 
 # Kubernetes
