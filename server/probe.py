@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -66,8 +67,8 @@ def health(
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 raise ServerError(f"{address} has no service {service!r}; ask without one, for the server's") from None
-            trailing = {key: str(value) for key, value in error.trailing_metadata() or ()}
-            raise error_from_status(error.code(), error.details() or "", trailing, address) from None
+            trailing: Any = error.trailing_metadata() or ()
+            raise error_from_status(error.code(), error.details() or "", dict(trailing), address) from None
     if status != health_pb2.HealthCheckResponse.SERVING:
         name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
         raise ServerError(f"{address} says {name}, expected SERVING: it starts, stops or has no model; see its log")
