@@ -24,6 +24,7 @@ from thoraxrt.engine.backends import choose
 from thoraxrt.engine.bundle import MANIFEST, Bundle
 from thoraxrt.engine.decode import DecodeLimits
 from thoraxrt.engine.errors import ConfigError, ThoraxrtError
+from thoraxrt.engine.receipt import require_parity
 from thoraxrt.server.audit import AuditOptions
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.certificates import server_credentials
@@ -89,6 +90,7 @@ class ModelsOptions(EngineOptions):
     poll_s: float | None = None
 
     def __post_init__(self) -> None:
+        super(ModelsOptions, self).__post_init__()  # with slots the class is made anew, and super() means the first one
         if self.latest != "all" and self.latest < 1:
             raise ValueError(f'ModelsOptions latest is {self.latest}; expected at least 1, or "all"')
         if self.poll_s is not None and not 0 < self.poll_s < math.inf:
@@ -382,6 +384,8 @@ def _look_at_models(config: Config) -> Iterator[Finding]:
         bundle.verify()
         choice = choose(bundle, models.backend, models.precision, models.device)
         name = choice.module.__name__.rpartition(".")[2]  # type: ignore[attr-defined]  # a module, seen as a protocol
+        if models.require_parity:
+            require_parity(bundle, name, choice.precision)
         return f"{bundle.manifest.network.name}, {bundle.sha256[:12]}, would run on {name} {choice.precision}"
 
     for manifest in manifests:

@@ -30,6 +30,7 @@ from thoraxrt.engine.decode import Decoder, Radiograph
 from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.errors import BackendError, BundleError, ModelNotFoundError, ServerError, ThoraxrtError
 from thoraxrt.engine.execute import DeviceMemory
+from thoraxrt.engine.receipt import require_parity
 from thoraxrt.server import scheduler
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.scheduler import Scheduler
@@ -64,8 +65,9 @@ class Telemetry(scheduler.Telemetry, Protocol):
 class EngineOptions:
     """How every bundle is opened; see `Engine.open`.
 
-    With `trusted`, public keys or folders of them, a bundle must be signed by one of them.
-    Example: `EngineOptions(device="cuda", fall_back=True)`.
+    With `trusted`, public keys or folders of them, a bundle must be signed by one of them. With `require_parity` its
+    parity receipt must say that this backend passed at this precision, and nothing else may take over from a lost GPU.
+    Raises ValueError where `require_parity` and `fall_back` are both set. Example: `EngineOptions(device="cuda", fall_back=True)`.
     """
 
     backend: str | None = None
@@ -73,6 +75,13 @@ class EngineOptions:
     device: str | None = None
     fall_back: bool = False
     trusted: Sequence[Path] | None = None
+    require_parity: bool = False
+
+    def __post_init__(self) -> None:
+        if self.require_parity and self.fall_back:
+            raise ValueError(
+                "EngineOptions has require_parity and fall_back; expected one: no receipt is of a stand-in"
+            )
 
 
 _DEFAULT_ENGINE: Final = EngineOptions()
@@ -493,7 +502,7 @@ class Models:
             return None
         bundle.verify()
         options = self._engine
-        return Engine.open(
+        engine = Engine.open(
             bundle,
             backend=options.backend,
             precision=options.precision,
@@ -501,6 +510,13 @@ class Models:
             fall_back=options.fall_back,
             decoder=_Borrowed(self._decoder),
         )
+        if options.require_parity:
+            try:
+                require_parity(bundle, engine.backend, engine.precision)
+            except BaseException:
+                engine.close()
+                raise
+        return engine
 
     async def _stop_serving(self, slots: Sequence[tuple[str, int, _Slot]]) -> None:
         """Give the slots' models to nobody any more, and close them after their last users."""

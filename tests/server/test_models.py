@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import json
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -128,9 +129,14 @@ class Record(NullTelemetry):
 
 @asynccontextmanager
 async def models_of(
-    path: Path, telemetry: NullTelemetry | None = None, *, trusted: list[Path] | None = None, **options: Any
+    path: Path,
+    telemetry: NullTelemetry | None = None,
+    *,
+    trusted: list[Path] | None = None,
+    require_parity: bool = False,
+    **options: Any,
 ) -> AsyncIterator[Models]:
-    engine = EngineOptions(backend="onnxruntime", trusted=trusted)
+    engine = EngineOptions(backend="onnxruntime", trusted=trusted, require_parity=require_parity)
     with ThreadDecoder(1) as decoder:
         async with Models(path, decoder, BATCHING, telemetry or NullTelemetry(), engine=engine, **options) as models:
             yield models
@@ -864,3 +870,40 @@ def test_a_fault_of_a_runtime_is_a_refusal(
             assert "Traceback" in caplog.text
 
     run(scenario)
+
+
+def test_a_bundle_must_have_passed_parity_where_that_is_required(repository: Repository, opened: Opened) -> None:
+    def receipt(sha256: str, *, passed: bool) -> None:
+        candidate = {"backend": "onnxruntime", "precision": "fp32", "through": "engine"}
+        results = [{"candidate": candidate, "verdict": {"passed": passed}}]
+        written = {"bundle": sha256, "environment": {"date": "2026-11-24"}, "preprocessing": None, "results": results}
+        (folder / "parity.json").write_text(json.dumps(written))
+
+    first = repository.put(1, 0.0)
+    folder = repository.path / "tiny" / "1"
+
+    async def scenario() -> None:
+        async with models_of(repository.path, require_parity=True) as models:
+            with pytest.raises(BundleError, match="no parity receipt"):
+                await models.start()
+            receipt(first, passed=False)
+            with pytest.raises(BundleError, match="onnxruntime:fp32 has not passed"):
+                await models.start()
+            receipt(first, passed=True)
+            await models.start()
+            assert served(models) == first
+            second = repository.put(1, 1.0)
+            receipt(first, passed=True)  # the earlier bundle's
+            await models.refresh()
+            assert served(models) == first
+            assert "is of the manifest" in models.index()[0].reason
+            receipt(second, passed=True)
+            await models.refresh()
+            assert served(models) == second
+
+    run(scenario)
+
+
+def test_no_receipt_is_of_a_stand_in() -> None:
+    with pytest.raises(ValueError, match="require_parity and fall_back"):
+        EngineOptions(require_parity=True, fall_back=True)

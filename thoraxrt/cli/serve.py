@@ -52,6 +52,14 @@ def serve(
         ),
     ] = None,
     require_signature: RequireSignature = None,
+    require_parity: Annotated[
+        bool | None,
+        typer.Option(
+            "--require-parity",
+            help="Refuse a bundle whose parity.json does not say that this backend and precision passed.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Answer gRPC requests with a bundle, or with a repository of models.
 
@@ -72,6 +80,7 @@ def serve(
         "models.device": device,
         "models.fall_back": fall_back,
         "models.trusted": [require_signature] if require_signature else None,
+        "models.require_parity": require_parity,
         "server.host": host,
         "server.port": port,
         "server.insecure": insecure,
