@@ -34,7 +34,6 @@ if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
     # The ports of a cluster of its own are open to the network, and run what they are given: from this process alone.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what ends a run is raised; the rest is not for a terminal
 import ray
 import ray.data
 from ray.exceptions import RayError
@@ -43,9 +42,6 @@ __all__ = ["ray_header", "score_on_ray"]
 
 _BLOCKS_EACH: Final = 8
 """Blocks an engine gets at least, where there are images enough, so that all end at about the same time."""
-
-_RETRIES: Final = 3
-"""How often a block that ends its worker is tried again; Ray's own default is for ever."""
 
 
 def ray_header(bundle: Bundle, backend: str | None, precision: str | None, device: str | None) -> Header:
@@ -83,8 +79,8 @@ def score_on_ray(
     thoraxrt, and bundle and images at the same paths. Blocks are written as they come back, and read in the order of the
     items.
 
-    Raises BackendError where an engine fails, a block ends several workers, or the cluster breaks; what was written
-    stays, and a further call goes on from there.
+    Raises BackendError where an engine fails or the cluster breaks; what was written stays, and a further call goes on
+    from there. A worker that dies (its machine is lost, or out of memory) is started again, as often as it dies.
     """
     todo = [item for item in items if item.image not in writer.done]
     if todo:
@@ -107,15 +103,10 @@ def _written(items: list[Item], bundle: Bundle, writer: Writer, device: str | No
         compute=ray.data.ActorPoolStrategy(size=room.engines),
         num_cpus=room.cores,
         num_gpus=room.gpus,
-        ray_remote_args_fn=_retries,
     )
     for part in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         writer.write_table(part)
         yield from (None for _ in range(len(part)))
-
-
-def _retries() -> dict[str, int]:
-    return {"max_task_retries": _RETRIES}
 
 
 def _table(items: Sequence[Item]) -> pa.Table:
@@ -182,7 +173,7 @@ def _room(*, gpu: bool) -> _Room:
 def _cluster() -> Iterator[None]:
     """A connection to the cluster: the one this process has, else that of `RAY_ADDRESS`, else one of its own."""
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours is drawn
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised
     if ray.is_initialized():
         yield
         return
