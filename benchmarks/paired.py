@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import msgspec
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import norm, t
 from statsmodels.stats.multitest import multipletests
 
 from thoraxrt.benchmarks.auroc import LEVEL, Estimate, Placements, Ranking
@@ -78,17 +78,17 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 def compare(candidate: Ranking, reference: Ranking, margin: float = MARGIN) -> Comparison:
     """Test each finding for non-inferiority within `margin`, 0 < margin < 1 in AUROC.
 
-    The verdict (Piaggio et al., JAMA 308:2594, 2012, figure 1) rests on z = (difference + margin) / standard error,
-    with the standard error of Obuchowski 1997: the images of a patient are not independent, which DeLong's test takes
-    them to be. "non-inferior": a loss of the margin or more is refuted at 0.025, one-sided, after Holm (Scand J Stat
+    The verdict (Piaggio et al., JAMA 308:2594, 2012, figure 1) rests on t = (difference + margin) / standard error,
+    with the standard error of Obuchowski 1997 and the degrees of freedom of `Placements.freedom`: the images of a
+    patient are not independent, which DeLong's test takes them to be. "non-inferior": a loss of the margin or more is refuted at 0.025, one-sided, after Holm (Scand J Stat
     6:65, 1979) over the findings tested; "inferior": a loss of the margin or less is, in the same way; "cannot tell"
     otherwise. So a difference can be certain and the verdict still "non-inferior": it is smaller than matters.
 
-    A finding is tested where at least 20 patients have a positive image and 20 a negative one; below that the normal
-    approximation is not to be relied on, and its interval stands without a verdict. Scores equal to the reference's
+    A finding is tested where at least 20 patients have a positive image and 20 a negative one; below that the standard
+    error is itself a guess, and the interval stands without a verdict. Scores equal to the reference's
     are non-inferior on any number of images; a score that is not finite makes the finding inferior.
 
-    The detectable loss is (z(1 - level / tested) + z(power)) x standard error, at the strictest of Holm's steps. It is
+    The detectable loss is (t(1 - level / tested) + t(power)) x standard error, at the strictest of Holm's steps. It is
     also the smallest margin for which a candidate that loses nothing would have been shown to be non-inferior.
 
     Raises RequestError where the two were ranked on different cohorts, where the reference's scores are not finite, or
@@ -161,13 +161,13 @@ def _difference(
         p_non_inferior=None if p is None else p[0],
         p_non_inferior_holm=None if holm is None else holm[0],
         p_inferior_holm=None if holm is None else holm[1],
-        detectable=None if difference is None else _detectable(difference.clustered_error, max(tested, 1)),
+        detectable=None if difference is None else _detectable(difference, max(tested, 1)),
         verdict=verdict,
         reason=reason,
     )
 
 
-def _z(value: float, error: float) -> float:
+def _in_errors(value: float, error: float) -> float:
     """`value` in standard errors; without any error, certainty on the side where it lies."""
     if error > 0:
         return value / error
@@ -177,12 +177,12 @@ def _z(value: float, error: float) -> float:
 def _p_values(difference: Placements, margin: float) -> tuple[float, float]:
     """One-sided: that the loss is the margin or more, and that it is the margin or less."""
     assert difference.clustered_error is not None  # at least 20 patients are of either kind
-    z = _z(difference.value + margin, difference.clustered_error)
-    return float(norm.sf(z)), float(norm.cdf(z))
+    shift = _in_errors(difference.value + margin, difference.clustered_error)
+    return float(t.sf(shift, difference.freedom)), float(t.cdf(shift, difference.freedom))
 
 
 def _two_sided(value: float, error: float | None) -> float | None:
-    return None if error is None else float(2 * norm.sf(abs(_z(value, error))))
+    return None if error is None else float(2 * norm.sf(abs(_in_errors(value, error))))
 
 
 def _holm(p_values: Mapping[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
@@ -193,7 +193,8 @@ def _holm(p_values: Mapping[int, tuple[float, float]]) -> dict[int, tuple[float,
     return dict(zip(p_values, zip(more, less, strict=True), strict=True))
 
 
-def _detectable(error: float | None, tested: int) -> float | None:
+def _detectable(difference: Placements, tested: int) -> float | None:
+    error, freedom = difference.clustered_error, difference.freedom
     if not error:  # unknown, or the ranking is the reference's and no loss of any size can be imagined from it
         return None
-    return float(norm.isf(LEVEL / tested) + norm.ppf(POWER)) * error
+    return float(t.isf(LEVEL / tested, freedom) + t.ppf(POWER, freedom)) * error

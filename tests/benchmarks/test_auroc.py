@@ -130,6 +130,20 @@ def test_repeating_every_image_of_a_patient_tells_nothing_new() -> None:
     assert many.delong_error == pytest.approx(once.delong_error / 2, rel=0.01)  # which DeLong's does not notice
 
 
+def test_few_patients_with_many_images_have_the_freedom_of_few() -> None:
+    positive = np.array([True] * 12 + [False] * 40)
+    patients = np.array([*range(3), *[3] * 9, *range(4, 44)])  # of the 12 positives, 9 are of one patient
+    one = placed(cohort(positive, patients), np.random.default_rng(0).normal(size=52))
+    assert one.freedom == 1  # 12^2 / (1 + 1 + 1 + 81) patients less 1 would be 0.7
+    even = placed(cohort(positive, np.arange(52)), np.random.default_rng(0).normal(size=52))
+    assert even.freedom == pytest.approx(11)
+    assert even.clustered_error == pytest.approx(even.delong_error)
+    delong, clustered = even.estimate(0.0).delong, even.estimate(0.0).clustered
+    assert delong is not None
+    assert clustered is not None
+    assert (clustered.high - clustered.low) / (delong.high - delong.low) == pytest.approx(2.201 / 1.96, abs=1e-3)
+
+
 # --- R and what was published ----------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy.stats import norm
+from scipy.stats import t
 
 from thoraxrt.benchmarks.auroc import Cohort
 from thoraxrt.benchmarks.paired import Comparison, Difference, compare
@@ -122,15 +122,14 @@ def test_p_values_are_corrected_by_holm_over_the_findings_tested() -> None:
     raw = sorted((finding.p_non_inferior, finding.p_non_inferior_holm) for finding in tested)  # type: ignore[type-var]
     by_hand = np.maximum.accumulate([min(1.0, (3 - step) * p) for step, (p, _) in enumerate(raw)])  # type: ignore[operator]
     assert [holm for _, holm in raw] == pytest.approx(by_hand.tolist())
-    for finding in tested:
+    for finding, patients in zip(tested, (600, 400, 200), strict=True):  # of two images each
         assert finding.difference is not None
         assert finding.difference.clustered is not None
         half = (finding.difference.clustered.high - finding.difference.clustered.low) / 2
-        error = half / norm.ppf(0.975)
-        assert finding.p_non_inferior == pytest.approx(norm.sf((finding.difference.value + 0.005) / error))
-        # One that loses as much is shown to lose something at the level / 3 in 80 of 100 samples.
-        assert finding.detectable is not None
-        assert norm.sf(norm.isf(0.025 / 3) - finding.detectable / error) == pytest.approx(0.8)
+        student = t(patients - 1)
+        error = half / student.ppf(0.975)
+        assert finding.p_non_inferior == pytest.approx(student.sf((finding.difference.value + 0.005) / error))
+        assert finding.detectable == pytest.approx((student.isf(0.025 / 3) + student.ppf(0.8)) * error)
 
 
 def test_more_images_show_smaller_losses() -> None:
