@@ -1,0 +1,190 @@
+"""README's tables from committed result files: `python -m thoraxrt.benchmarks.readme [--check]`.
+
+Between `<!-- table NAME FILE.json -->` and `<!-- /table -->` stands what NAME makes of benchmarks/results/FILE.json.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from statistics import mean, median
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+
+from thoraxrt.benchmarks.bench import BenchResult
+from thoraxrt.benchmarks.receipt import Receipt
+from thoraxrt.engine.errors import RequestError
+
+__all__ = ["TABLES", "filled", "main"]
+
+_REPOSITORY: Final = Path(__file__).resolve().parents[1]
+_RESULTS: Final = _REPOSITORY / "benchmarks" / "results"
+_TABLE: Final = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+Rows = Iterable[tuple[str, ...]]
+
+
+def filled(text: str, results: Path) -> str:
+    """The text with every table made anew from the files in `results`.
+
+    Raises RequestError for a table that nobody knows, a file that is not there or holds something else, and a marker
+    without its end.
+    """
+    if text.count("<!-- table ") != len(_TABLE.findall(text)):
+        raise RequestError(
+            "a table's marker has no end; expected <!-- table NAME FILE.json -->, lines, <!-- /table -->"
+        )
+    return _TABLE.sub(lambda found: found[1] + _table(found[2], results / found[3]) + found[4], text)
+
+
+def _table(name: str, file: Path) -> str:
+    if name not in TABLES:
+        raise RequestError(f"no table is called {name!r}; expected one of {', '.join(TABLES)}")
+    try:
+        first, *rows = TABLES[name](file.read_bytes())
+    except (OSError, msgspec.DecodeError, KeyError) as error:
+        raise RequestError(f"{file.name} makes no table {name!r} ({type(error).__name__}: {error})") from error
+    heading, *lines = (
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in (first, *rows)
+    )
+    return f"{heading}|{'---|' * len(first)}\n{''.join(lines)}"
+
+
+def _results(data: bytes) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = msgspec.json.decode(data)["results"]
+    return found
+
+
+def _precisions(data: bytes) -> Rows:
+    yield (
+        "backend",
+        "precision",
+        "ms a batch",
+        "images/s",
+        "x onnxruntime fp32",
+        "probability error, mean / 99th percentile",
+    )
+    for row in _results(data):
+        yield (
+            *row["name"].split(),
+            f"{row['milliseconds']:.0f}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['speed_up']:.2f}",
+            f"{row['mean_error']:.4f} / {row['p99_error']:.4f}",
+        )
+
+
+def _overlap(data: bytes) -> Rows:
+    yield "backend", "precision", "predict", "decoding alone", "network alone", "network busy"
+    for row in _results(data):
+        times = (f"{row[name]:.1f}" for name in ("predict_ms", "decoding_alone_ms", "network_alone_ms"))
+        yield row["backend"], row["precision"], *times, f"{100 * row['network_busy']:.0f} %"
+
+
+def _serving(data: bytes) -> Rows:
+    yield (
+        *("what runs", "in process, images/s", "served, best, images/s", "of in process", "added to a lone call, ms"),
+        *("80 % load, p50 / p99, ms", "answered in time at 300 % load, of capacity", "refused, p99, ms"),
+    )
+    for row in _results(data):
+        refused = row["refused_p99_ms"]
+        yield (
+            row["name"],
+            f"{row['in_process_per_s']:.1f}",
+            f"{max(row['served_per_s'].values()):.1f}",
+            f"{100 * row['ratio']:.0f} %",
+            f"{row['added_ms']:.1f}",
+            f"{row['steady_p50_ms']:.0f} / {row['steady_p99_ms']:.0f}",
+            f"{100 * row['goodput']:.0f} %",
+            "none" if refused is None else f"{refused:.0f}",
+        )
+
+
+def _scenarios(data: bytes) -> Rows:
+    yield "scenario", "target", "input", "images/s", "p50, ms", "p99, ms", "LoadGen says"
+    for run in msgspec.json.decode(data, type=BenchResult).scenarios:
+        percentiles = {found.percent: f"{found.ms:.1f}" for found in run.latency.percentiles} if run.latency else {}
+        yield (
+            *(run.scenario, run.target, run.input, "" if run.images_per_s is None else f"{run.images_per_s:.1f}"),
+            *(percentiles.get(50.0, ""), percentiles.get(99.0, ""), run.verdict),
+        )
+
+
+def _peers(data: bytes) -> Rows:
+    yield "what runs", "ms", "x onnxruntime fp32", "95 % interval", "probability error, mean"
+    for peer in msgspec.json.decode(data, type=BenchResult).peers:
+        interval = f"{peer.interval.low:.2f} to {peer.interval.high:.2f}" if peer.interval else ""
+        error = f"{peer.agreement.mean_error:.4f}" if peer.agreement else ""
+        if peer.rounds is None or peer.speed_up is None:
+            yield peer.name, "", "", peer.reason or "", error
+        else:
+            yield peer.name, f"{median(peer.rounds.milliseconds):.1f}", f"{peer.speed_up:.2f}", interval, error
+
+
+def _floors(data: bytes) -> Rows:
+    yield "batch", "operations an image", "operations/byte", "bound by", "least time an image, ms"
+    for floor in msgspec.json.decode(data, type=BenchResult).floors:
+        yield (
+            str(floor.batch),
+            f"{floor.operations / 1e9:.2f} G",
+            f"{floor.intensity:.0f}",
+            floor.bound,
+            f"{floor.milliseconds:.2f}",
+        )
+
+
+def _parity(data: bytes) -> Rows:
+    yield "candidate", "images", "probability error, mean / 99th percentile", "AUROC, mean over findings", "verdict"
+    receipt = msgspec.json.decode(data, type=Receipt)
+    for result in receipt.results:
+        aurocs = [found.auroc.value for found in result.aurocs if found.auroc is not None]
+        errors = result.probability_errors
+        yield (
+            str(result.candidate),
+            str(receipt.data.images),
+            f"{errors.mean:.4f} / {errors.p99:.4f}" if errors else "",
+            f"{mean(aurocs):.4f}" if aurocs else "",
+            "reference" if result.verdict is None else "passed" if result.verdict.passed else "failed",
+        )
+
+
+TABLES: Final[Mapping[str, Callable[[bytes], Rows]]] = {
+    "precisions": _precisions,
+    "overlap": _overlap,
+    "serving": _serving,
+    "bench-scenarios": _scenarios,
+    "bench-peers": _peers,
+    "bench-floors": _floors,
+    "parity": _parity,
+}
+"""By name, what makes a table of a result file's bytes: a heading, then rows."""
+
+
+def main(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit 1 where README and results differ.")
+    ] = False,
+) -> None:
+    """Fill README's tables from benchmarks/results."""
+    file = _REPOSITORY / "README.md"
+    before = file.read_text()
+    try:
+        after = filled(before, _RESULTS)
+    except RequestError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    if check and after != before:
+        print(
+            "README.md is not what benchmarks/results say: run `python -m thoraxrt.benchmarks.readme`", file=sys.stderr
+        )
+        raise SystemExit(1)
+    if not check:
+        file.write_text(after)
+
+
+if __name__ == "__main__":
+    typer.run(main)

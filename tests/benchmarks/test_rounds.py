@@ -1,0 +1,43 @@
+"""Taking turns, and the interval of a median."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from thoraxrt.benchmarks.rounds import Rounds, interleaved, median_interval, speed_ups
+
+
+def test_works_take_turns_and_each_stands_between_yardsticks() -> None:
+    called: list[str] = []
+    found = interleaved({name: lambda name=name: called.append(name) for name in ("a", "b")}, 2)  # type: ignore[misc]
+    assert "".join(called) == "aaaabbbb" * 2
+    for rounds in found.values():
+        assert (len(rounds.milliseconds), len(rounds.yardstick_ms)) == (2, 2)
+        assert min(rounds.yardstick_ms) > 0
+
+
+def test_a_slower_machine_cancels_out() -> None:
+    quiet = Rounds(milliseconds=(10, 20), yardstick_ms=(2, 4))
+    busy = Rounds(milliseconds=(40, 40), yardstick_ms=(8, 8))
+    assert quiet.relative == busy.relative == (5, 5)
+    assert speed_ups(busy, quiet) == (4, 2)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_the_medians_interval_is_the_narrowest_pair_of_order_statistics_that_holds_95_percent(values: list[float]) -> None:
+    median, interval = median_interval(tuple(values))
+    ordered, n = np.sort(values), len(values)
+    outside = int(binom.ppf(0.025, n, 0.5)) - 1  # the slow way: the last k with P(X <= k) <= 2.5 %
+    assert binom.cdf(outside, n, 0.5) <= 0.025 < binom.cdf(outside + 1, n, 0.5)
+    assert median == pytest.approx(np.median(values))
+    if outside < 0:
+        assert interval is None
+        assert n < 6
+    else:
+        assert interval is not None
+        assert (interval.low, interval.high) == (ordered[outside], ordered[n - 1 - outside])
