@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Decoder, ThreadDecoder
+from thoraxrt.engine.engine import Engine
+from thoraxrt.engine.profile import Profile
 from thoraxrt.server.audit import AuditLog, AuditOptions
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.decoding import ProcessDecoder
 from thoraxrt.server.models import EngineOptions, Models
 from thoraxrt.server.serve import ServeOptions, serve
-from thoraxrt.server.telemetry import NullTelemetry
+from thoraxrt.server.telemetry import Telemetry
 
-__all__ = ["Served"]
+__all__ = ["Served", "engine_memory", "opened_engine"]
 
 _SPAWN = multiprocessing.get_context("spawn")  # gRPC's threads do not survive a fork
 
@@ -62,6 +68,10 @@ class Served:
         page = os.sysconf("SC_PAGE_SIZE")
         return sum(page * int(_read(pid, "statm").split()[1] or 0) for pid in (self.pid, *self.children()))
 
+    def peak_resident_bytes(self) -> int:
+        """The most memory that the server itself, which runs the network, has had so far."""
+        return _peak_resident_bytes(self.pid)
+
     def descriptors(self) -> int:
         """Open files and sockets of the server itself."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
@@ -84,15 +94,18 @@ class Served:
         self._process.join()
 
 
-class _Counting(NullTelemetry):
+class _Counting(Telemetry):
     def __init__(self) -> None:
+        super().__init__()
         self.calls: Counter[str] = Counter()
         self.codes: Counter[str] = Counter()
 
     def begun(self, method: str) -> None:
+        super().begun(method)
         self.calls[method] += 1
 
     def answered(self, method: str, code: str, seconds: float) -> None:
+        super().answered(method, code, seconds)
         self.codes[code] += 1
 
 
@@ -112,6 +125,42 @@ def _serve(
             announce=lambda line: connection.send(line.rpartition(" ")[2]),
         )
     connection.send((dict(telemetry.calls), dict(telemetry.codes)))
+
+
+def engine_memory(path: Path, options: EngineOptions, batch: int, files: Sequence[bytes]) -> tuple[int, int | None]:
+    """The most memory in RAM of a process that opens an engine and answers these files, and its GPU's in use, in bytes.
+
+    The GPU's is whoever's, and None on a CPU. Raises what `Engine.open` raises.
+    """
+    with ProcessPoolExecutor(1, mp_context=_SPAWN) as alone:
+        return alone.submit(_answer, path, options, batch, files).result()
+
+
+def opened_engine(
+    bundle: Path | Bundle, options: EngineOptions, *, batch: int = 1, profile: Profile | None = None
+) -> Engine:
+    """The engine that a server of these options opens, in this process. Raises what `Engine.open` raises."""
+    return Engine.open(
+        bundle,
+        backend=options.backend,
+        precision=options.precision,
+        device=options.device,
+        batch=batch,
+        profile=profile,
+    )
+
+
+def _answer(path: Path, options: EngineOptions, batch: int, files: Sequence[bytes]) -> tuple[int, int | None]:
+    with opened_engine(path, options, batch=batch) as engine:
+        deque(engine.predict(files), maxlen=0)
+        gpu = engine.device_memory()
+        return _peak_resident_bytes(os.getpid()), gpu.used if gpu else None
+
+
+def _peak_resident_bytes(pid: int) -> int:
+    """The most memory that a running process has had in RAM so far: the kernel's VmHWM."""
+    (kib,) = re.findall(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return 1024 * int(kib)
 
 
 def _tasks(pid: int) -> list[Path]:

@@ -66,6 +66,10 @@ class Profile:
         finally:
             self.record(lane, stage, start, time.perf_counter() - start, **detail)
 
+    def clear(self) -> None:
+        """Forget the spans so far: those of a warm-up."""
+        self._spans.clear()
+
     def stages(self) -> list[StageTime]:
         """Each stage's time, in the order in which the stages first began."""
         groups: dict[tuple[str, str], list[float]] = {}
