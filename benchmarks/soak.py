@@ -2,9 +2,10 @@
 
 The scenario: a server in a process of its own, as `thoraxrt serve` runs it, and clients that behave in every way at
 once: single images, studies, streams, STAT and routine, files that are no images, messages that are none, deadlines too
-short, calls that are cancelled, connections that vanish. Meanwhile its decoding workers are killed and its bundle is
-replaced, now and then by a damaged one, and the audit log's disk is full for a while (where a file system can be
-mounted: as root). The claims, each counted: every call ends once, with a status that it may have;
+short, calls that are cancelled, connections that vanish, tensors in the Open Inference Protocol. Meanwhile its decoding
+workers are killed, its bundle is replaced, now and then by a damaged one, its wall clock is set forwards and back (where
+there is a C compiler), and the audit log's disk is full for a moment (where a file system can be mounted: as root). The
+claims, each counted: every call ends once, with a status that it may have;
 every answer is that image's; the server's own books of calls begun and ended agree; the audit log is whole; memory and
 descriptors are in the end what they were. Exit status 1 where one does not hold. Linux only.
 """
@@ -17,7 +18,9 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,12 +29,15 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import grpc
 import msgspec
+import numpy as np
 import typer
 from PIL import Image
 from rich.console import Console
@@ -42,6 +48,7 @@ from thoraxrt.engine.bundle import MANIFEST, Bundle
 from thoraxrt.engine.engine import Engine, read_image
 from thoraxrt.export.phantoms import phantom
 from thoraxrt.export.publish import publish
+from thoraxrt.proto.oip import open_inference_pb2 as oip
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
 from thoraxrt.server.audit import AuditOptions, verify
@@ -53,9 +60,18 @@ __all__ = ["Report", "main", "soak"]
 
 _CLIENTS: Final = 12
 _KILL_S: Final = 4.0
-_SWAP_S: Final = 3.0
-_FULL_S: Final = 5.0
-"""From one time that the disk is full to the next; a third of it, it is."""
+_SWAP_S: Final = 2.0
+"""From one bundle that is put in place to the next, at least: a good one must have answered first."""
+
+_JUMP_S: Final = 1.5
+_FULL_EVERY_S: Final = 10.0
+_FULL_FOR_S: Final = 0.5
+"""How long the disk is full; the audit log finds out that it has room again within a second."""
+
+_BACK_OFF_S: Final = 0.2
+"""How long a client that was refused waits."""
+
+_SAY_S: Final = 30.0
 
 _WARM: Final = 1 / 3
 """Of the time, after which memory and descriptors should grow no more."""
@@ -75,6 +91,55 @@ _UNSEEN: Final = "Internal error from Core"
 """What grpc.aio's client says where the server ends a call that it is still writing to: its status stays unseen here,
 but not in the server's own books."""
 
+_JUMPS_S: Final = (-86_400, -3600, -5, 0, 5, 3600, 86_400)
+_CLOCK: Final = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static const volatile long *ahead;
+
+__attribute__((constructor)) static void map_file(void)
+{
+    int file = open(getenv("SOAK_CLOCK"), O_RDONLY);
+    void *mapped = mmap(0, sizeof *ahead, PROT_READ, MAP_SHARED, file, 0);
+    if (mapped == MAP_FAILED)
+        abort();
+    ahead = mapped;
+    close(file);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now)
+{
+    int failed = syscall(SYS_clock_gettime, clock, now);
+    if (!failed && ahead && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
+        now->tv_sec += *ahead;
+    return failed;
+}
+
+int gettimeofday(struct timeval *now, void *zone)
+{
+    struct timespec spec;
+    clock_gettime(CLOCK_REALTIME, &spec);
+    now->tv_sec = spec.tv_sec;
+    now->tv_usec = spec.tv_nsec / 1000;
+    return 0;
+}
+
+time_t time(time_t *now)
+{
+    struct timespec spec;
+    clock_gettime(CLOCK_REALTIME, &spec);
+    return now ? (*now = spec.tv_sec) : spec.tv_sec;
+}
+"""
+"""In front of the C library: the wall clock of whatever runs in the process, gRPC's core too, so many seconds ahead."""
+
 _DISK_BYTES: Final = 16 * 2**20
 _LOG_BYTES: Final = 2**20  # of each of the audit log's files, four of which are kept
 
@@ -90,8 +155,9 @@ class Report:
     hit: int = 0  # images whose worker was killed
     swapped: int = 0
     filled: int = 0  # times that the audit log's disk was full
+    jumps: int = 0  # times that the wall clock was set
     recorded: int = 0  # lines of the audit log
-    seen: set[str] = field(default_factory=set)  # manifests that answered
+    seen: Counter[str] = field(default_factory=Counter)  # manifests that answered, how often
     faults: list[str] = field(default_factory=list)
     memory_bytes: tuple[int, int] = (0, 0)  # after the warm-up, in the end
     descriptors: tuple[int, int] = (0, 0)
@@ -120,6 +186,7 @@ class _Traffic:
         self._images = images
         self._report = report
         self._random = random.Random(seed)
+        self._refused = False
         self._kinds: list[tuple[Callable[[Any], Awaitable[None]], int]] = [
             (self._predict, 8),
             (self._study, 2),
@@ -129,6 +196,7 @@ class _Traffic:
             (self._hurried, 2),
             (self._cancelled, 2),
             (self._vanishing, 1),
+            (self._tensors, 2),
         ]
 
     async def run(self, until: float) -> None:
@@ -143,8 +211,11 @@ class _Traffic:
         while time.monotonic() < until:
             (kind,) = self._random.choices(kinds, weights)
             began = time.monotonic()
+            self._refused = False  # of any client: they were refused together
             await kind(stub)
             self._report.claim(time.monotonic() - began < _HANG_S, f"{kind.__name__} took {_HANG_S:g} s")
+            if self._refused:
+                await asyncio.sleep(_BACK_OFF_S)
 
     def _metadata(self, *more: tuple[str, str]) -> tuple[tuple[str, str], ...]:
         return ((PRIORITY_KEY, self._random.choice(("stat", "routine"))), *more)
@@ -165,6 +236,7 @@ class _Traffic:
             self._report.calls[kind, "unseen"] += 1
             return
         self._report.calls[kind, error.code().name] += 1
+        self._refused = self._refused or (error.code().name, name) in _NOT_NOW
         if not self._is_hit(name, error.details() or ""):
             self._report.claim((error.code().name, name) in allowed, f"{kind}: {error.code().name} {error.details()}")
 
@@ -176,7 +248,7 @@ class _Traffic:
 
     def _check(self, kind: str, response: pb.PredictResponse, image: _Expected) -> None:
         self._report.images += 1
-        self._report.seen.add(response.manifest_sha256)
+        self._report.seen[response.manifest_sha256] += 1
         prediction = response.prediction
         same = (prediction.width, prediction.height) == (image.width, image.height) and all(
             abs(finding.logit - logit) < _CLOSE
@@ -235,6 +307,25 @@ class _Traffic:
                 refused = answer.failure.error in {error for _, error in _NOT_NOW}
                 self._report.claim(refused, f"{kind}: {answer.failure.error}: {answer.failure.message}")
 
+    async def _tensors(self, stub: Any) -> None:
+        sent = [self._random.choice(self._images) for _ in range(self._random.randint(1, 3))]
+        request = oip.ModelInferRequest()
+        contents = oip.InferTensorContents(bytes_contents=[image.data for image in sent])
+        request.inputs.add(name="image_bytes", datatype="BYTES", shape=[len(sent)], contents=contents)
+        async with _channel(self._address) as channel:
+            infer: Any = channel.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                oip.ModelInferRequest.SerializeToString,
+                oip.ModelInferResponse.FromString,
+            )
+            if (response := await self._ended("tensors", infer(request, timeout=_HANG_S))) is None:
+                return
+        self._report.images += len(sent)
+        logits = np.frombuffer(response.raw_output_contents[0], "<f4")
+        expected = np.array([image.logits for image in sent], "<f4").ravel()
+        same = logits.shape == expected.shape and bool((np.abs(logits - expected) < _CLOSE).all())
+        self._report.claim(same, "tensors: another image's logits, or wrong ones")
+
     async def _bad(self, stub: Any) -> None:
         request = pb.PredictRequest(image=self._random.choice(_BAD))
         answer = await self._ended(
@@ -292,33 +383,52 @@ def _channel(address: str) -> grpc.aio.Channel:
 
 
 async def _harm(
-    server: Served, place: Path, bundles: Sequence[dict[str, bytes]], report: Report, until: float, *, disk: Path | None
+    server: Served,
+    place: Path,
+    bundles: Sequence[dict[str, bytes]],
+    report: Report,
+    until: float,
+    *,
+    disk: Path | None,
+    clock: Path | None,
+    say: Callable[[str], None],
 ) -> None:
-    """Kill workers, replace the bundle, by turns good and damaged, and fill the disk."""
+    """Kill workers, replace the bundle, by turns good and damaged, set the clock, and fill the disk."""
     randomly = random.Random(1)
     now = time.monotonic()
-    kill, swap, fill = now + _KILL_S / 2, now + _SWAP_S / 2, now + _FULL_S / 2
+    kill, swap, fill, jump = now + _KILL_S / 2, now + _SWAP_S / 2, now + _FULL_EVERY_S / 4, now + _JUMP_S
+    tell, awaited, answered = now + _SAY_S, None, 0
     while (now := time.monotonic()) < until:
+        if now >= tell:
+            say(f"{report.images} images answered, {len(report.faults)} faults, {until - now:.0f} s to go")
+            tell = now + _SAY_S
+        if clock and now >= jump:
+            _set(clock, randomly.choice(_JUMPS_S))
+            report.jumps += 1
+            jump = now + _JUMP_S
         if now >= kill:
             for pid in server.children()[:1]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     report.killed += 1
             kill = now + randomly.uniform(0.5, 1.5) * _KILL_S
-        if now >= swap:
-            await asyncio.to_thread(publish, bundles[report.swapped % len(bundles)], place / "served", replace=True)
+        if now >= swap and (awaited is None or report.seen[awaited] > answered):
+            files = bundles[report.swapped % len(bundles)]
+            await asyncio.to_thread(publish, files, place / "served", replace=True)
             server.refresh()
+            awaited = None if files is bundles[-1] else sha256(files[MANIFEST]).hexdigest()  # the last one is damaged
+            answered = report.seen[awaited or ""]
             report.swapped += 1
-            swap = now + _SWAP_S
+            swap = time.monotonic() + _SWAP_S
         if disk and now >= fill:
             filler = disk / "filler"
             if filler.exists():
                 filler.unlink()
-                fill = now + 2 / 3 * _FULL_S
+                fill = now + _FULL_EVERY_S
             else:
                 _fill(filler)
                 report.filled += 1
-                fill = now + _FULL_S / 3
+                fill = now + _FULL_FOR_S
         await asyncio.sleep(0.05)
     if disk:
         (disk / "filler").unlink(missing_ok=True)
@@ -344,8 +454,41 @@ def _disk(place: Path) -> Iterator[Path | None]:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def soak(bundle: Bundle, images: Sequence[bytes], seconds: float, *, backend: str | None = None) -> Report:
-    """Run the scenario for so long; `report.faults` is empty where every claim holds."""
+@contextlib.contextmanager
+def _clock(place: Path) -> Iterator[Path | None]:
+    """The file that says how far ahead the wall clock of processes started in the block is; None without a compiler."""
+    source, library, clock = place / "clock.c", place / "clock.so", place / "clock"
+    source.write_text(_CLOCK)
+    compiler = shutil.which("cc")
+    if not compiler or subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source]).returncode:
+        yield None
+        return
+    _set(clock, 0)
+    before = dict(os.environ)
+    preloaded = filter(None, (str(library), before.get("LD_PRELOAD")))
+    os.environ.update(LD_PRELOAD=":".join(preloaded), SOAK_CLOCK=str(clock))
+    try:
+        yield clock
+    finally:
+        for name in ("LD_PRELOAD", "SOAK_CLOCK"):
+            os.environ.pop(name)
+            os.environ.update({name: before[name]} if name in before else {})
+
+
+def _set(clock: Path, seconds: int) -> None:
+    with open(os.open(clock, os.O_WRONLY | os.O_CREAT), "wb") as file:  # not anew: the server has it mapped
+        file.write(struct.pack("l", seconds))
+
+
+def soak(
+    bundle: Bundle,
+    images: Sequence[bytes],
+    seconds: float,
+    *,
+    backend: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Run the scenario for so long; `report.faults` is empty where every claim holds. `say` is told how it goes."""
     report, options = Report(seconds=seconds), EngineOptions(backend=backend)
     with Engine.open(bundle, backend=backend) as engine:
         expected = []
@@ -356,13 +499,14 @@ def soak(bundle: Bundle, images: Sequence[bytes], seconds: float, *, backend: st
         place, bundles = Path(name), _bundles(bundle)
         publish(bundles[0], place / "served", replace=False)
         audit = AuditOptions(path=(disk or place) / "audit.jsonl", max_bytes=_LOG_BYTES, keep=4, sync_ms=50.0)
-        with Served(place / "served", options, audit=audit) as server:
+        with contextlib.ExitStack() as running:
+            with _clock(place) as clock:
+                server = running.enter_context(Served(place / "served", options, audit=audit))
             began = time.monotonic()
-            asyncio.run(
-                _phase(server, place, bundles[1:], expected, report, began + _WARM * seconds, seed=0, disk=disk)
-            )
+            phase = partial(_phase, server, place, bundles, expected, report, disk=disk, clock=clock, say=say)
+            asyncio.run(phase(began + _WARM * seconds, seed=0))
             before = _taken(server)
-            asyncio.run(_phase(server, place, bundles, expected, report, began + seconds, seed=1, disk=disk))
+            asyncio.run(phase(began + seconds, seed=1))
             after = _taken(server)
             begun, answered, status = server.stop()
         report.recorded = verify(audit.path).last
@@ -373,6 +517,7 @@ def soak(bundle: Bundle, images: Sequence[bytes], seconds: float, *, backend: st
     report.claim(not answered.keys() & {"UNKNOWN", "INTERNAL"}, f"statuses of faults: {answered}")
     report.claim(report.hit <= report.killed, f"{report.hit} images lost to {report.killed} killed workers")
     report.claim(report.images > 0 and report.killed > 0 and report.swapped > 0, "nothing has happened")
+    report.claim(not clock or report.jumps > 0, "the clock was not set")
     report.claim(report.recorded >= report.images, f"{report.recorded} lines in the audit log")
     report.claim(len(report.seen) > 1, "no replaced bundle has answered")
     report.claim(status == 0, f"the server ended with exit status {status}")
@@ -389,16 +534,21 @@ async def _phase(
     *,
     seed: int,
     disk: Path | None,
+    clock: Path | None,
+    say: Callable[[str], None],
 ) -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(_Traffic(server.address, images, report, seed).run(until))
-        group.create_task(_harm(server, place, bundles, report, until, disk=disk))
+        group.create_task(_harm(server, place, bundles, report, until, disk=disk, clock=clock, say=say))
 
 
 def _taken(server: Served) -> tuple[int, int]:
-    """Memory and descriptors, once nothing is asked for and the last bundle is loaded."""
-    time.sleep(3.0)
-    return server.resident_bytes(), server.descriptors()
+    """Memory and descriptors, once nothing is asked for and the last bundle is loaded: the memory has settled."""
+    until, memory, before = time.monotonic() + _HANG_S, server.resident_bytes(), 0
+    while abs(memory - before) > 0.01 * memory and time.monotonic() < until:
+        time.sleep(3.0)
+        memory, before = server.resident_bytes(), memory
+    return memory, server.descriptors()
 
 
 def _bundles(bundle: Bundle) -> list[dict[str, bytes]]:
@@ -423,15 +573,15 @@ def main(
     """Run the scenario; a table to stderr, one line of JSON to stdout."""
     opened = Bundle.open(bundle)
     files = [read_image(path) for path in images] if images else [_png(index) for index in range(8)]
-    report = soak(opened, files, 60 * minutes, backend=backend)
+    console = Console(stderr=True)
+    report = soak(opened, files, 60 * minutes, backend=backend, say=console.print)
     table = Table("call", "ended with", "times", title=f"{report.images} images answered in {report.seconds:.0f} s")
     for (kind, status), count in sorted(report.calls.items()):
         table.add_row(kind, status, str(count))
-    console = Console(stderr=True)
     console.print(table)
     console.print(
         f"{report.killed} workers killed, {report.hit} images lost to it; {report.swapped} bundles put in place; "
-        f"disk full {report.filled} times, {report.recorded} lines in the audit log; "
+        f"clock set {report.jumps} times; disk full {report.filled} times, {report.recorded} lines in the audit log; "
         f"memory {report.memory_bytes[0] / 2**20:.0f} to {report.memory_bytes[1] / 2**20:.0f} MiB, "
         f"descriptors {report.descriptors[0]} to {report.descriptors[1]}"
     )
@@ -440,7 +590,7 @@ def main(
     machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "date": str(date.today())}
     said: dict[str, Any] = {"scenario": "soak", **machine, "bundle": opened.sha256, "seconds": report.seconds}
     said["calls"] = {f"{kind} {status}": count for (kind, status), count in sorted(report.calls.items())}
-    for name in ("images", "killed", "hit", "swapped", "filled", "recorded", "memory_bytes", "descriptors"):
+    for name in ("images", "killed", "hit", "swapped", "jumps", "filled", "recorded", "memory_bytes", "descriptors"):
         said[name] = getattr(report, name)
     print(json.dumps({**said, "faults": Counter(report.faults)}))
     sys.exit(1 if report.faults else 0)

@@ -17,4 +17,4 @@ def test_every_call_ends_once_and_nothing_is_left_behind(tiny_bundle: Bundle) ->
     report = soak(tiny_bundle, images, 20.0, backend="onnxruntime")
     assert report.faults == []
     kinds = {kind for kind, _ in report.calls}
-    assert kinds == {"predict", "study", "stream", "bad", "malformed", "hurried", "cancelled", "vanishing"}
+    assert kinds == {"predict", "study", "stream", "bad", "malformed", "hurried", "cancelled", "vanishing", "tensors"}
