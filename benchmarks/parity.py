@@ -107,7 +107,12 @@ def parity(bundle: Bundle, folder: Path, options: ParityOptions | None = None, t
     dataset = NihDataset.open(folder)
     in_split = _split(dataset, options.split)
     records = _chosen(in_split.present().records, options)
-    items = _items(records, bundle.manifest)
+    if not records:
+        raise DatasetError(
+            f"{folder} holds no image of its split {options.split}; expected PNG files in images/, or --split all for "
+            "whatever there is"
+        )
+    items = _items(records, _boxed(dataset, bundle.manifest))
     runs, checkpoint = _runs(bundle, options, located=any(item.located for item in items))
     work, key = options.work or cache_folder() / "parity", work_key(items, began)
     found, failed = {}, {}
@@ -230,15 +235,16 @@ def _chosen(records: Sequence[NihRecord], options: ParityOptions) -> list[NihRec
     return list(records[: options.limit])
 
 
-def _items(records: Sequence[NihRecord], manifest: Manifest) -> list[Item]:
-    """In order; each asks for the boxes of the findings that are annotated with boxes."""
+def _boxed(dataset: NihDataset, manifest: Manifest) -> tuple[str, ...]:
+    """The findings that have annotated boxes in the data set."""
+    annotated = {box.finding for record in dataset for box in record.boxes}
+    return tuple(label for label in manifest.labels if label in annotated)
+
+
+def _items(records: Sequence[NihRecord], boxed: tuple[str, ...]) -> list[Item]:
+    """In order; on an image with boxes every finding that has some is looked for, as Wang et al. did."""
     return [
-        Item(
-            index=index,
-            image=record.image,
-            path=record.path,
-            located=tuple(label for label in manifest.labels if any(box.finding == label for box in record.boxes)),
-        )
+        Item(index=index, image=record.image, path=record.path, located=boxed if record.boxes else ())
         for index, record in enumerate(records)
         if record.path is not None  # they are at hand
     ]
@@ -317,10 +323,9 @@ class _Everyone:
         """The images that are compared. Raises DatasetError where there are none."""
         rows: list[int] = np.flatnonzero(self._answered.all(axis=0)).tolist()
         if not rows:
-            first = next((error for scores in self.found.values() for error in scores.errors if error), "none is there")
+            first = next(error for scores in self.found.values() for error in scores.errors if error)
             raise DatasetError(
-                f"no image of {len(self.records)} was answered by every candidate ({first}); expected a folder in the "
-                "NIH layout with images of this split"
+                f"none of {len(self.records)} images was answered by every candidate ({first}); expected readable PNG files"
             )
         return rows
 
@@ -378,11 +383,12 @@ class _Everyone:
         )
 
     def _localisation(self, candidate: Candidate) -> tuple[Localisation, ...]:
-        """On the images with boxes; a finding's false positives are counted where its box is annotated."""
+        """On the images with boxes, of the findings that some of them are annotated with."""
         rows = [row for row in self.rows if self.items[row].located]
         if candidate.through == "torch" or not rows:
             return ()
-        findings = [label for label in self.manifest.labels if any(label in self.items[row].located for row in rows)]
+        annotated = {box.finding for row in rows for box in self.records[row].boxes}
+        findings = [label for label in self.manifest.labels if label in annotated]
         scores = self.found[candidate]
         return localisation([self.records[row].boxes for row in rows], [scores.located(row) for row in rows], findings)
 

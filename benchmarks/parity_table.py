@@ -14,13 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from thoraxrt.benchmarks.auroc import Estimate
-from thoraxrt.benchmarks.paired import Difference
+from thoraxrt.benchmarks.paired import Difference, Verdict
 from thoraxrt.benchmarks.published import REFERENCES, comparable
 from thoraxrt.benchmarks.receipt import Receipt, Result
 
 __all__ = ["render"]
 
-_MARKS: Final = {"non-inferior": "[green]=[/]", "inferior": "[red]![/]", "cannot tell": "[dim]?[/]"}
+_MARKS: Final[dict[Verdict, str]] = {"non-inferior": "[green]=[/]", "inferior": "[red]![/]", "cannot tell": "[dim]?[/]"}
 
 
 def render(receipt: Receipt) -> list[RenderableType]:

@@ -56,7 +56,7 @@ def torchvision_input(path: Path, spec: PreprocessSpec) -> npt.NDArray[np.uint8]
 
     `Image.open(path).convert("RGB")`, `Resize` and `CenterCrop` for pictures of Pillow's, whose arithmetic this is
     (torchvision 0.21, transforms/functional.py: `_compute_resized_output_size`, `center_crop`); for `square` first
-    TorchXRayVision's `XRayCenterCrop`.
+    TorchXRayVision's `XRayCenterCrop`. Pillow's resize is that of its versions before 13.
     """
     with Image.open(path) as opened:
         if opened.mode not in _MODES:
@@ -74,7 +74,9 @@ def torchvision_input(path: Path, spec: PreprocessSpec) -> npt.NDArray[np.uint8]
         size = (spec.resize.pixels, other) if width <= height else (other, spec.resize.pixels)
     else:
         size = (spec.resize.width, spec.resize.height)
-    image = image.resize(size, Image.Resampling.BILINEAR)
+    # Rows first, as every Pillow before 13 did within one call: it is what models were trained with.
+    for each in ((size[0], height), size):
+        image = image.resize(each, Image.Resampling.BILINEAR)
     if spec.crop is not None:
         left, top = (round((side - spec.crop) / 2.0) for side in size)
         image = image.crop((left, top, left + spec.crop, top + spec.crop))
