@@ -18,6 +18,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from itertools import product
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -54,6 +55,9 @@ class _Kind(NamedTuple):
     content_type: str  # over HTTP; empty over gRPC
     request: Callable[[bytes], bytes]
     logits: Callable[[bytes], Sequence[float]]
+
+
+_Rounds = defaultdict[tuple[_Kind, int], list[list[Answer]]]
 
 
 def _logits(answer: bytes) -> Sequence[float]:
@@ -113,50 +117,77 @@ def compared(
     RuntimeError where thoraxrt itself does not answer.
     """
     failed: dict[_Kind, str] = {}
-    rounds_of: defaultdict[tuple[_Kind, int], list[list[Answer]]] = defaultdict(list)
     with ExitStack() as running:
-        folder = Path(running.enter_context(tempfile.TemporaryDirectory()))
-        options = EngineOptions(backend="onnxruntime", precision="fp32")
-        server = running.enter_context(Served(bundle.path, options))
-        load = running.enter_context(Load())
-        ours = Target(server.address, _OURS.path)
-        expected = _OURS.logits(_ask(ours, _OURS.request(files[0])))
-        targets = {_OURS: ours}
-        turns: dict[_Kind, Callable[[], AbstractContextManager[None]]] = {_OURS: nullcontext}
-        for number, kind in enumerate(_PEERS):
-            say(f"starting {kind.name}")
-            address = f"127.0.0.1:{_PORT + 10 * number}"
-            target = Target(address, kind.path, kind.content_type)
-            peer = running.enter_context(_Peer(bundle, python, kind.name, address, folder / kind.name))
-            try:
-                _check(kind, peer.first_answer(target, kind.request(files[0])), expected)
-            except _PeerError as error:
-                say(f"{kind.name} is left out: {error}")
-                failed[kind] = str(error)
-            else:
-                targets[kind], turns[kind] = target, peer.running
-            peer.freeze()
-        requests = {kind: [kind.request(data) for data in files] for kind in targets}
-        for number in range(rounds + 1):  # the first one is not counted
-            for concurrency in CONCURRENCY:
-                rates = []
-                for kind, target in list(targets.items()):
-                    with turns[kind]():
-                        got = load.closed(target, requests[kind], concurrency, seconds=_CELL_S, deadline_s=_DEADLINE_S)
-                    rates.append(f"{kind.name} {_rate(got):.1f}")
-                    rounds_of[kind, concurrency].extend([got] if number else [])
-                    if not _rate(got):
-                        del targets[kind]
-                        failed[kind] = f"{concurrency} at a time: {dict(Counter(answer.status for answer in got))}"
-                said = f"round {number} of {rounds}" if number else "warm-up"
-                say(f"{said}, {concurrency} at a time, images/s: {', '.join(rates)}")
-                if _OURS in failed:
-                    raise RuntimeError(f"thoraxrt answered nothing, {failed[_OURS]}")
+        sides = _started(running, bundle, python, files[0], failed, say)
+        rounds_of = _measured(running.enter_context(Load()), sides, files, rounds, failed, say)
     measured = [_row(*key, rounds_of) for key in rounds_of if key[0] not in failed]
     return [*measured, *({"name": kind.name, "failed": why} for kind, why in failed.items())]
 
 
-def _row(kind: _Kind, concurrency: int, rounds_of: dict[tuple[_Kind, int], list[list[Answer]]]) -> dict[str, Any]:
+class _Side(NamedTuple):
+    """A server that runs: where it listens, and the block for its turn."""
+
+    target: Target
+    turn: Callable[[], AbstractContextManager[None]]
+
+
+def _started(
+    running: ExitStack,
+    bundle: Bundle,
+    python: Path,
+    image: bytes,
+    failed: dict[_Kind, str],
+    say: Callable[[str], None],
+) -> dict[_Kind, _Side]:
+    """thoraxrt and the peers that give its logits, to the end of `running`."""
+    folder = Path(running.enter_context(tempfile.TemporaryDirectory()))
+    server = running.enter_context(Served(bundle.path, EngineOptions(backend="onnxruntime", precision="fp32")))
+    ours = Target(server.address, _OURS.path)
+    expected = _OURS.logits(_ask(ours, _OURS.request(image)))
+    sides = {_OURS: _Side(ours, nullcontext)}
+    for number, kind in enumerate(_PEERS):
+        say(f"starting {kind.name}")
+        target = Target(f"127.0.0.1:{_PORT + 10 * number}", kind.path, kind.content_type)
+        peer = running.enter_context(_Peer(bundle, python, kind.name, target.address, folder / str(number)))
+        try:
+            _check(kind, peer.first_answer(target, kind.request(image)), expected)
+            sides[kind] = _Side(target, peer.running)
+        except _PeerError as error:
+            say(f"{kind.name} is left out: {error}")
+            failed[kind] = str(error)
+        peer.freeze()
+    return sides
+
+
+def _measured(
+    load: Load,
+    sides: dict[_Kind, _Side],
+    files: Sequence[bytes],
+    rounds: int,
+    failed: dict[_Kind, str],
+    say: Callable[[str], None],
+) -> _Rounds:
+    """Each round's answers. Who answers nothing has `failed`."""
+    rounds_of: _Rounds = defaultdict(list)
+    requests = {kind: [kind.request(data) for data in files] for kind in sides}
+    for number, concurrency in product(range(rounds + 1), CONCURRENCY):  # the first round is not counted
+        rates = []
+        for kind, (target, turn) in list(sides.items()):
+            with turn():
+                got = load.closed(target, requests[kind], concurrency, seconds=_CELL_S, deadline_s=_DEADLINE_S)
+            rates.append(f"{kind.name} {_rate(got):.1f}")
+            rounds_of[kind, concurrency].extend([got] if number else [])
+            if not _rate(got):
+                del sides[kind]
+                failed[kind] = f"{concurrency} at a time: {dict(Counter(answer.status for answer in got))}"
+        said = f"round {number} of {rounds}" if number else "warm-up"
+        say(f"{said}, {concurrency} at a time, images/s: {', '.join(rates)}")
+        if _OURS in failed:
+            raise RuntimeError(f"thoraxrt answered nothing, {failed[_OURS]}")
+    return rounds_of
+
+
+def _row(kind: _Kind, concurrency: int, rounds_of: _Rounds) -> dict[str, Any]:
     rates, ours = ([_rate(got) for got in rounds_of[who, concurrency]] for who in (kind, _OURS))
     answers = [answer for got in rounds_of[kind, concurrency] for answer in got]
     latencies = [answer.latency_s for answer in answers if answer.status == "OK"]
