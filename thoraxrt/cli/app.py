@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
@@ -15,6 +16,7 @@ from thoraxrt.engine.errors import RequestError
 if TYPE_CHECKING:
     from thoraxrt.engine.bundle import Agreement, Bundle, Manifest
     from thoraxrt.engine.preprocess import PreprocessSpec
+    from thoraxrt.server.client import Client, ClientTls
 
 _T = TypeVar("_T")
 
@@ -57,6 +59,47 @@ Precision = Annotated[
     str | None,
     typer.Option(help="fp32, bf16, fp16 or int8; else what the bundle recommends, else fp32.", show_default=False),
 ]
+
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The token that the server knows you by.", show_default=False),
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Ask the server over TLS, where this CA vouches for it.", show_default=False),
+]
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Ask the server over TLS, with this certificate.", show_default=False),
+]
+TlsKey = Annotated[Path | None, typer.Option(metavar="FILE", help="The private key of --tls-cert.", show_default=False)]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach a server, as the options say."""
+
+    token_file: Path | None
+    tls_ca: Path | None
+    tls_cert: Path | None
+    tls_key: Path | None
+
+    def tls(self) -> ClientTls | None:
+        """None for a connection without TLS. Raises RequestError for half a pair."""
+        from thoraxrt.server.client import ClientTls
+
+        if not (self.tls_ca or self.tls_cert or self.tls_key):
+            return None
+        try:
+            return ClientTls(ca=self.tls_ca, certificate=self.tls_cert, private_key=self.tls_key)
+        except ValueError as error:
+            raise RequestError("--tls-cert and --tls-key go together: give both, or neither") from error
+
+    def client(self, address: str, **options: Any) -> Client:
+        """A client of the server there."""
+        from thoraxrt.server.client import Client
+
+        return Client(address, token_file=self.token_file, tls=self.tls(), **options)
 
 
 @app.callback(invoke_without_command=True)

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thoraxrt.cli.app import Backend, Device, Precision, RequireSignature, open_bundle, track
+from thoraxrt.cli.app import (
+    Backend,
+    Connection,
+    Device,
+    Precision,
+    RequireSignature,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TokenFile,
+    open_bundle,
+    track,
+)
 from thoraxrt.engine.errors import RequestError, ThoraxrtError
 
 if TYPE_CHECKING:
@@ -35,21 +47,10 @@ def predict(
         str | None, typer.Option(help="With --server: which of its models; else its default one.", show_default=False)
     ] = None,
     stat: Annotated[bool, typer.Option("--stat", help="With --server: before all routine images.")] = False,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="With --server: the token that it knows you by.", show_default=False),
-    ] = None,
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="With --server: over TLS, where this CA vouches for it.", show_default=False),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="With --server: over TLS, with this certificate.", show_default=False),
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The private key of --tls-cert.", show_default=False)
-    ] = None,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image and line, unrounded.")] = False,
     overlay: Annotated[
         Path | None,
@@ -91,7 +92,7 @@ def predict(
     if overlay:
         overlay.mkdir(parents=True, exist_ok=True)
     answers = (
-        _ask_server(server, images, overlay, model, stat, token_file, (tls_ca, tls_cert, tls_key))
+        _ask_server(server, images, overlay, model, stat, Connection(token_file, tls_ca, tls_cert, tls_key))
         if server
         else _ask_engine(
             open_bundle(arguments[0], require_signature),
@@ -166,23 +167,12 @@ def _ask_engine(
 
 
 def _ask_server(
-    address: str,
-    images: list[str],
-    overlay: Path | None,
-    model: str | None,
-    stat: bool,
-    token_file: Path | None,
-    tls_files: tuple[Path | None, Path | None, Path | None],
+    address: str, images: list[str], overlay: Path | None, model: str | None, stat: bool, connection: Connection
 ) -> Iterator[Prediction | ThoraxrtError]:
-    from thoraxrt.server.client import Client, ClientTls, Priority
+    from thoraxrt.server.client import Priority
 
-    ca, certificate, private_key = tls_files
-    try:
-        tls = ClientTls(ca=ca, certificate=certificate, private_key=private_key) if any(tls_files) else None
-    except ValueError as error:
-        raise RequestError("--tls-cert and --tls-key go together: give both, or neither") from error
     priority = Priority.STAT if stat else Priority.ROUTINE
-    with Client(address, model=model, priority=priority, token_file=token_file, tls=tls) as client:
+    with connection.client(address, model=model, priority=priority) as client:
         replies = client.predict_many((Path(image) for image in images), overlay=overlay is not None)
         for path, reply in zip(_overlay_paths(overlay, images), replies, strict=True):
             if isinstance(reply, ThoraxrtError):
