@@ -49,6 +49,7 @@ __all__ = [
     "TORCH",
     "Run",
     "answered",
+    "candidates_from_text",
     "engine_run",
     "runnable",
     "served",
@@ -74,6 +75,17 @@ class Run:
     candidate: Candidate
     open: Callable[[], AbstractContextManager[Answerer]]
     identity: str = ""
+
+
+def candidates_from_text(text: str) -> tuple[tuple[str, str], ...]:
+    """Backends and precisions as the command line names them: `openvino:int8,onnxruntime:fp32`.
+
+    Raises RequestError for anything else; whether they can run is `runnable`'s to say.
+    """
+    pairs = [tuple(each.strip().split(":")) for each in text.split(",")]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise RequestError(f"candidates {text!r}; expected BACKEND:PRECISION, separated by commas, openvino:int8 say")
+    return tuple((backend, precision) for backend, precision in dict.fromkeys(pairs))
 
 
 def runnable(bundle: Bundle, named: Sequence[tuple[str, str]] | None) -> list[Candidate]:
@@ -244,7 +256,7 @@ def work_key(items: Sequence[Item], environment: Environment) -> str:
     for item in items:
         status = item.path.stat()
         state.update(f"{item.image} {item.located} {status.st_size} {status.st_mtime_ns}\n".encode())
-    for room in ("engine", "server"):  # a checkout changes without its version
+    for room in ("engine", "export", "server"):  # a checkout changes without its version
         for file in sorted((Path(__file__).resolve().parents[1] / room).rglob("*.py")):
             state.update(file.read_bytes())
     state.update(f"{environment.versions} {environment.cpu} {environment.gpus} {environment.threads}".encode())
