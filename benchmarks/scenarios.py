@@ -344,7 +344,7 @@ _RULES: Final = {
 }
 """LoadGen's, in the words of its summary."""
 
-_DETAIL: Final = re.compile(r':::MLLOG (.*"key": "(?:result_|early_stopping|num_errors|error_).*)')
+_DETAIL: Final = re.compile(r':::MLLOG (.*"key": "(?:result_|early_stopping|num_errors).*)')
 _SAMPLE: Final = re.compile(r'"Sample".*"ts":(-?[\d.]+),.*"query_seq":(\d+),.*"complete_ns":(\d+)')
 
 
@@ -360,11 +360,13 @@ def _read_logs(folder: Path) -> _Ran:
     if len(latencies) != said["result_query_count"] or not latencies.all():
         raise RuntimeError(f"LoadGen's trace holds {len(latencies)} queries of {said['result_query_count']}")
     early_stopping = " ".join(said["early_stopping_result"].replace("*", "").split())
-    valid = said["result_validity"] == "VALID"
-    broken = [words for key, words in _RULES.items() if said.get(key) is False]
+    reasons = [words for key, words in _RULES.items() if said.get(key) is False]
+    reasons += filter(None, [said.get("result_invalid_reason", "").strip()])
+    if said["num_errors"]:
+        reasons.append(f"LoadGen met {said['num_errors']} errors")
     return _Ran(
-        valid=valid,
-        reasons=() if valid else (*broken, *filter(None, [said["result_invalid_reason"].strip()])),
+        valid=said["result_validity"] == "VALID" and not said["num_errors"],
+        reasons=tuple(reasons),
         early_stopping=early_stopping,
         latencies_ms=latencies / 1e6,
         images=len(table),

@@ -106,6 +106,19 @@ def test_the_latencies_read_from_the_trace_are_those_that_loadgen_counts(
         assert ran.images / ran.seconds == pytest.approx(said["result_samples_per_second"], rel=1e-4)
 
 
+def test_what_loadgen_did_wrong_is_not_passed_over(quick: Answering, tmp_path: Path) -> None:
+    settings = scenarios._settings(loadgen(), "SingleStream", BRIEF, 1.0, 0.002)
+    scenarios._drive(loadgen(), quick, settings, tmp_path)
+    detail, trace = tmp_path / "mlperf_log_detail.txt", tmp_path / "mlperf_log_trace.json"
+    detail.write_text(detail.read_text().replace('"key": "num_errors", "value": 0', '"key": "num_errors", "value": 2'))
+    ran = scenarios._read_logs(tmp_path)
+    assert not ran.valid
+    assert "LoadGen met 2 errors" in ran.reasons
+    trace.write_text(trace.read_text().replace('"query_seq":3,', '"query_seq":2,'))
+    with pytest.raises(RuntimeError, match="LoadGen's trace"):
+        scenarios._read_logs(tmp_path)
+
+
 def _details(folder: Path) -> dict[str, Any]:
     lines = (folder / "mlperf_log_detail.txt").read_text().splitlines()
     details = (json.loads(line.removeprefix(":::MLLOG ")) for line in lines)
