@@ -15,14 +15,17 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Final, NamedTuple, cast
 
 import pyarrow as pa
+import pyarrow.ipc
 
-from thoraxrt.benchmarks.scores import PART_ROWS, Header, Writer, table_from_rows
-from thoraxrt.benchmarks.scoring import Item, answered_rows, engine_answerer, open_engine
+from thoraxrt.benchmarks.scores import PART_ROWS, Header, Row, Writer, table_from_rows
+from thoraxrt.benchmarks.scoring import Answerer, Item, answered_rows, engine_answerer, open_engine
+from thoraxrt.engine import errors
 from thoraxrt.engine.backends import choose
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import BackendError, BackendUnavailableError, BundleError, RequestError, ThoraxrtError
@@ -79,8 +82,9 @@ def score_on_ray(
     thoraxrt, and bundle and images at the same paths. Blocks are written as they come back, and read in the order of the
     items.
 
-    Raises BackendError where an engine fails or the cluster breaks; what was written stays, and a further call goes on
-    from there. A worker that dies (its machine is lost, or out of memory) is started again, as often as it dies.
+    Raises what an engine raises, BackendError where it fails say or the cluster breaks, BundleError where a machine has
+    another bundle, BackendUnavailableError where there is no cluster or it has no such machine; what was written stays,
+    and a further call goes on from there. A worker that dies (its machine is lost, or out of memory) is started again, as often as it dies.
     """
     todo = [item for item in items if item.image not in writer.done]
     if todo:
@@ -104,9 +108,13 @@ def _written(items: list[Item], bundle: Bundle, writer: Writer, device: str | No
         num_cpus=room.cores,
         num_gpus=room.gpus,
     )
-    for part in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        writer.write_table(part)
-        yield from (None for _ in range(len(part)))
+    for block in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for part in block.to_pylist():
+            rows = pa.ipc.open_stream(part["rows"]).read_all()
+            writer.write_table(rows)
+            yield from (None for _ in range(len(rows)))
+            if part["error"]:
+                raise getattr(errors, part["error"])(part["message"])
 
 
 def _table(items: Sequence[Item]) -> pa.Table:
@@ -124,27 +132,48 @@ class _Scorer:
     """One engine in a process of its own, which Ray starts, and starts again where it has died."""
 
     def __init__(self, bundle: str, header: Header, device: str | None, batch: int, cores: int) -> None:
-        opened = Bundle.open(bundle)
-        if opened.sha256 != header.bundle_sha256:
+        self._bundle, self._header, self._device, self._batch, self._cores = bundle, header, device, batch, cores
+
+    @cached_property
+    def _answerer(self) -> Answerer:
+        """Opened with the first block, whose error it is where it cannot be."""
+        opened = Bundle.open(self._bundle)
+        if opened.sha256 != self._header.bundle_sha256:
             raise BundleError(
-                f"{bundle} on {os.uname().nodename} is another bundle than where this run began; copy that one there"
+                f"{opened.path} on {os.uname().nodename} is another bundle than where this run began; copy that one there"
             )
         engine = open_engine(
             opened,
-            backend=header.backend,
-            precision=header.precision,
-            device=device,
-            batch=batch,
-            workers=max(1, cores - 1),
+            backend=self._header.backend,
+            precision=self._header.precision,
+            device=self._device,
+            batch=self._batch,
+            workers=max(1, self._cores - 1),
         )
-        self._header, self._answerer = header, engine_answerer(engine, located=True)
+        return engine_answerer(engine, located=True)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        """The block's rows up to the error that ends the run, if there is one: what is raised, Ray gives as text alone."""
         items = [
             Item(**{**item, "path": Path(os.fsdecode(item["path"])), "located": tuple(item["located"])})
             for item in batch.to_pylist()
         ]
-        return table_from_rows(list(answered_rows(items, self._answerer)), self._header)
+        rows: list[Row] = []
+        failure: ThoraxrtError | None = None
+        try:
+            rows.extend(answered_rows(items, self._answerer))
+        except ThoraxrtError as error:
+            failure = error
+        table, sink = table_from_rows(rows, self._header), pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        return pa.table(
+            {
+                "rows": [sink.getvalue().to_pybytes()],
+                "error": pa.array([failure and type(failure).__name__], pa.string()),
+                "message": pa.array([failure and str(failure)], pa.string()),
+            }
+        )
 
 
 class _Room(NamedTuple):
@@ -157,7 +186,8 @@ class _Room(NamedTuple):
 
 def _room(*, gpu: bool) -> _Room:
     """One per GPU, with its share of the cores, or one per machine."""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    machines = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
     if gpu:
         machines = [machine for machine in machines if machine.get("GPU")]
     if not machines:
@@ -178,7 +208,13 @@ def _cluster() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:  # what Ray raises here is none of its own
+        raise BackendUnavailableError(
+            f"no Ray cluster at {address} ({' '.join(str(error).split())[:200]}); expected RAY_ADDRESS to name one that "
+            "runs this version of Ray and Python, or to be unset for one of this machine alone"
+        ) from error
     try:
         yield
     finally:
@@ -187,15 +223,11 @@ def _cluster() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """Raise an engine's own error as it was raised on its machine, and any other of Ray as a BackendError."""
+    """Raise what Ray raises as a BackendError."""
     try:
         yield
     except RayError as error:
-        ours: BaseException | None = error
-        while ours is not None and not isinstance(ours, ThoraxrtError):
-            ours = getattr(ours, "cause", None) or ours.__cause__
-        if ours is not None:
-            raise type(ours)(str(ours)) from error
         raise BackendError(
-            f"the Ray cluster broke ({type(error).__name__}: {error}); see its logs, then run again: it goes on from here"
+            f"the Ray cluster broke ({type(error).__name__}: {str(error).strip()[-300:]}); see its logs, then run again: "
+            "it goes on from here"
         ) from error
