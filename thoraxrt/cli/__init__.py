@@ -27,17 +27,19 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
     "Use it": {
         "predict": predict.predict,
         "serve": serve.serve,
+        "health": serve.health,
         "top": serve.top,
         "token": serve.token,
         "audit": serve.verify_audit,
     },
-    "Measure it": {},
+    "Measure it": {"parity": measure.parity, "dataset": measure.dataset, "score": measure.score},
     "Try it without data": {"demo": measure.demo, "phantoms": export.phantoms},
 }
 
 for _panel, _commands in _COMMANDS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
+app.add_typer(measure.bench, name="bench", rich_help_panel="Measure it")
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from thoraxrt.engine.errors import RequestError
 if TYPE_CHECKING:
     from thoraxrt.engine.bundle import Agreement, Bundle, Manifest
     from thoraxrt.engine.preprocess import PreprocessSpec
-    from thoraxrt.server.client import Client, ClientTls
+    from thoraxrt.server.client import Client
+    from thoraxrt.server.probe import ClientTls
 
 _T = TypeVar("_T")
 
@@ -86,7 +87,7 @@ class Connection:
 
     def tls(self) -> ClientTls | None:
         """None for a connection without TLS. Raises RequestError for half a pair."""
-        from thoraxrt.server.client import ClientTls
+        from thoraxrt.server.probe import ClientTls
 
         if not (self.tls_ca or self.tls_cert or self.tls_key):
             return None
@@ -161,3 +162,21 @@ def auroc_text(agreement: Agreement) -> str:
     return f"AUROC within 0.005 for {len(told) - len(beyond)} of {len(told)} findings with enough images" + (
         f", not for {', '.join(beyond)}" if beyond else ""
     )
+
+
+def image_arguments(arguments: list[str]) -> list[str]:
+    """The images named, each folder replaced by the images in it, sorted."""
+    from thoraxrt.engine.engine import image_files
+
+    images: list[str] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            images += map(str, image_files(path))
+        else:
+            images.append(argument)
+    if not images:
+        raise RequestError(
+            "no image named: expected a bundle (or --server), then PNG, JPEG or DICOM files, or folders that hold some"
+        )
+    return images

@@ -20,6 +20,7 @@ from thoraxrt.cli.app import (
     TlsCert,
     TlsKey,
     TokenFile,
+    image_arguments,
     open_bundle,
     track,
 )
@@ -88,7 +89,7 @@ def predict(
     from thoraxrt.engine.profile import Profile
 
     recorded = Profile() if profile else None
-    images = _images(arguments if server else arguments[1:])
+    images = image_arguments(arguments if server else arguments[1:])
     if overlay:
         overlay.mkdir(parents=True, exist_ok=True)
     answers = (
@@ -132,24 +133,6 @@ def _show_profile(profile: Profile, images: int) -> None:
         times = (1e3 * stage.seconds / images, stage.p50_ms, stage.p99_ms)
         table.add_row(stage.lane, stage.stage, str(stage.spans), *(f"{ms:.2f}" for ms in times))
     Console(stderr=True).print(table)
-
-
-def _images(arguments: list[str]) -> list[str]:
-    """The images named, each folder replaced by the images in it, sorted."""
-    from thoraxrt.engine.engine import image_files
-
-    images: list[str] = []
-    for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            images += map(str, image_files(path))
-        else:
-            images.append(argument)
-    if not images:
-        raise RequestError(
-            "no image named: expected a bundle (or --server), then PNG, JPEG or DICOM files, or folders that hold some"
-        )
-    return images
 
 
 def _ask_engine(

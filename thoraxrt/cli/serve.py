@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thoraxrt.cli.app import Backend, Device, Precision, RequireSignature, items
+from thoraxrt.cli.app import Backend, Connection, Device, Precision, RequireSignature, TlsCa, TlsCert, TlsKey, items
 
 if TYPE_CHECKING:
     from thoraxrt.server.config import Config
@@ -108,6 +108,25 @@ def _show_check(config: Config) -> int:
         table.add_row(level, escape(finding.about), escape(finding.text))
     Console().print(table)
     return exit_status(findings)
+
+
+def health(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the server listens.")] = "127.0.0.1:8500",
+    service: Annotated[str, typer.Option(help="Only this service of it.", show_default=False)] = "",
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The name in the server's certificate, where it is another.")
+    ] = None,
+) -> None:
+    """Is a server ready? For probes: exit status 0, else 2 and why.
+
+    [bold]thoraxrt health 127.0.0.1:8500 --tls-ca ca.pem --tls-name server.hospital.example[/]
+    """
+    from thoraxrt.server.probe import health as probe
+
+    probe(address, service=service, tls=Connection(None, tls_ca, tls_cert, tls_key).tls(), tls_name=tls_name)
 
 
 def token(
