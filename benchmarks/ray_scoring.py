@@ -109,7 +109,7 @@ def _written(items: list[Item], bundle: Bundle, writer: Writer, device: str | No
         num_gpus=room.gpus,
     )
     for block in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for part in block.to_pylist():
+        for part in cast(pa.Table, block).to_pylist():
             rows = pa.ipc.open_stream(part["rows"]).read_all()
             writer.write_table(rows)
             yield from (None for _ in range(len(rows)))
