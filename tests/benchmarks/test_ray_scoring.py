@@ -9,7 +9,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -91,7 +90,7 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Phantoms in folders below, and a file that is none."""
     folder = tmp_path_factory.mktemp("archive")
     for index in range(IMAGES):
