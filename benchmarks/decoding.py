@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import date
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import imagecodecs
+import msgspec
 import numpy as np
 import typer
 from PIL import Image
@@ -32,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from thoraxrt.benchmarks.environment import environment
 from thoraxrt.engine.decode import Decoder, ThreadDecoder, decode
 from thoraxrt.engine.engine import image_files, read_image
 from thoraxrt.engine.errors import ImageError
@@ -160,18 +160,28 @@ def main(
     if not kinds:
         raise typer.BadParameter(f"{folder} holds no radiographs; expected PNG, JPEG or DICOM files")
     workers = workers or _cpus()
+    here = environment()
     results = [compare_decoders(kind, files, workers) for kind, files in kinds.items()]
     started = _start_milliseconds()
-    machine = {"cpus": _cpus(), "machine": platform.machine(), "date": str(date.today())}
     table = Table(
         *("", *kinds),
-        title=f"Decoding by {workers} threads or processes, {machine['cpus']} CPUs ({machine['machine']}), {machine['date']}",
+        title=f"Decoding by {workers} threads or processes, {here}",
         caption=f"a worker is replaced in {started:.0f} ms",
     )
     for name, text, digits in _ROWS:
         table.add_row(text, *(f"{result[name]:.{digits}f}" for result in results))
     Console(stderr=True).print(table)
-    print(json.dumps({"scenario": "decoding", **machine, "workers": workers, "start_ms": started, "results": results}))
+    print(
+        json.dumps(
+            {
+                "scenario": "decoding",
+                "environment": msgspec.to_builtins(here),
+                "workers": workers,
+                "start_ms": started,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -25,8 +25,12 @@ from thoraxrt.engine.errors import RequestError
 __all__ = ["MARGIN", "Change", "Comparison", "change", "compare", "print_comparison"]
 
 
-MARGIN: Final = 0.1
+MARGIN: Final = 0.05
 """How much slower, as a share, is not yet a regression: by so much runs of one build differ from each other."""
+
+_BUSIER: Final = 1.5
+"""By how much the yardstick itself may differ. Beyond, a machine is so much busier that works suffer unequally: with 2
+CPUs shared by 20 processes and then by 5, a network took 1.2 to 1.6 times as many yardsticks."""
 
 _FEWEST: Final = 8
 """Rounds: fewer give no 99 % interval worth the name."""
@@ -132,7 +136,8 @@ def change(figure: str, before: Rounds, after: Rounds, margin: float = MARGIN) -
 
     The ratio is the Hodges-Lehmann estimate over all pairs of rounds of the two runs, on logarithms, its interval the
     one that the Mann-Whitney test inverts to (Hollander, Wolfe and Chicken, Nonparametric Statistical Methods, 3rd
-    edition, section 4.3, large-sample form), at 99 %. Raises RequestError with fewer than 8 rounds, which give no such interval.
+    edition, section 4.3, large-sample form), at 99 %. Where the yardstick's own medians differ by more than half,
+    the verdict is "cannot tell": repeat it when the machine is as busy as it was. Raises RequestError with fewer than 8 rounds, which give no such interval.
     """
     ratios = np.sort(np.divide.outer(after.relative, before.relative).ravel())  # (rounds after x rounds before,)
     m, n = len(before.milliseconds), len(after.milliseconds)
@@ -140,12 +145,14 @@ def change(figure: str, before: Rounds, after: Rounds, margin: float = MARGIN) -
         raise RequestError(f"{figure}: {m} and {n} rounds; expected at least {_FEWEST} in both results")
     outside = int(m * n / 2 - norm.ppf(0.995) * math.sqrt(m * n * (m + n + 1) / 12)) - 1
     ratio, low, high = float(np.median(ratios)), float(ratios[outside]), float(ratios[-1 - outside])
+    busier = statistics.median(after.yardstick_ms) / statistics.median(before.yardstick_ms)
+    comparable = 1 / _BUSIER <= busier <= _BUSIER
     verdict: Literal["slower", "faster", "same", "cannot tell"] = "cannot tell"
-    if low > 1 + margin:
+    if comparable and low > 1 + margin:
         verdict = "slower"
-    elif high < 1 / (1 + margin):
+    elif comparable and high < 1 / (1 + margin):
         verdict = "faster"
-    elif 1 / (1 + margin) <= low and high <= 1 + margin:
+    elif comparable and 1 / (1 + margin) <= low and high <= 1 + margin:
         verdict = "same"
     return Change(
         figure=figure,

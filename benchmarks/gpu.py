@@ -26,8 +26,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -36,6 +34,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from thoraxrt.benchmarks.environment import environment
 from thoraxrt.engine.backends.tensorrt_plan import current_device
 from thoraxrt.engine.errors import BackendUnavailableError
 
@@ -47,11 +46,6 @@ _WORK: Final = (
     REPOSITORY / "build" / "gpu-check"
 )  # kept, so that a second call on the same machine need not export again
 _MODULES: Final = "thoraxrt.benchmarks"  # where each part's module is
-_PACKAGES: Final = (
-    "numpy", "pillow", "opencv-python-headless", "cuda-core", "cuda-bindings", "tensorrt", "tensorrt-rtx-cu13-bindings",
-    "nvidia-cuda-nvrtc", "torch", "triton", "onnx", "onnxruntime", "onnxruntime-gpu",
-)  # fmt: skip
-
 Part = Literal["tests", "speed", "peers"]
 
 
@@ -140,13 +134,14 @@ def main(
     except BackendUnavailableError as error:
         print(f"gpu-check needs a GPU: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    here = environment()
     outcomes = check((part,) if part else ("tests", "speed", "peers"), images)
     report = {
         "scenario": "gpu-check",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or _said_by("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
+        "date": here.date,
+        "commit": commit or here.commit,
         "images": "phantoms" if images is None else images.name,
-        "environment": environment(),
+        "environment": msgspec.to_builtins(here),
         **summary(outcomes),
     }
     RESULTS.mkdir(exist_ok=True)
@@ -274,34 +269,6 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
             for key, value in line.items()
         },
     }
-
-
-def environment() -> dict[str, Any]:
-    """The GPU and its state, the driver, the processor, and the versions of what took part."""
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    query = "name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu,power.draw,mig.mode.current"
-    processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "gpu": _said_by("nvidia-smi", f"--query-gpu={query}", "--format=csv"),
-        "cuda_compiler": (_said_by("nvcc", "--version") or "").splitlines()[-2:],
-        "cpu": processor[1] if processor else None,
-        "cpus": len(os.sched_getaffinity(0)),
-        "python": sys.version.split()[0],
-        "versions": versions,
-    }
-
-
-def _said_by(*command: str) -> str | None:
-    """What a program prints; None where it is not there or refuses."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _print(report: dict[str, Any], device: str) -> None:

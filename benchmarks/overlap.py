@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from thoraxrt.benchmarks.environment import environment
 from thoraxrt.engine.backends import available, backend_names, open_backend
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import ThreadDecoder
@@ -80,16 +79,16 @@ def main(bundle: Path, images: list[Path]) -> None:
 
 
 def _report(bundle: Bundle, files: list[Path]) -> None:
+    here = environment()
     results = [
         _measure(bundle, name, precision, files)
         for name in backend_names()
         for precision, reason in available(name, bundle).items()
         if reason is None
     ]
-    cpus = len(os.sched_getaffinity(0))
     table = Table(
         *("backend", "precision", "predict", "decoding alone", "network alone", "network busy"),
-        title=f"{_IMAGES} files, ms per image, {cpus} CPUs ({platform.machine()}), {date.today()}",
+        title=f"{_IMAGES} files, ms per image, {here}",
     )
     for r in results:
         table.add_row(
@@ -103,8 +102,7 @@ def _report(bundle: Bundle, files: list[Path]) -> None:
         json.dumps(
             {
                 "scenario": "overlap",
-                "date": str(date.today()),
-                "cpus": cpus,
+                "environment": msgspec.to_builtins(here),
                 "bundle": bundle.sha256,
                 "results": results,
             }

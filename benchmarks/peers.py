@@ -61,7 +61,7 @@ def compare_peers(
     inputs: Sequence[npt.NDArray[np.uint8]],
     *,
     batch: int,
-    rounds: int = 15,
+    rounds: int = 25,
     checkpoint: Path | None = None,
     given: Given | None = None,
     track: Track = no_progress,
@@ -170,14 +170,14 @@ def _onnxruntime(bundle: Bundle) -> Candidate:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(bundle.path / bundle.graph_name("fp32"))
-    return lambda images: session.run(["logits"], {"image": images})[0]  # type: ignore[no-any-return]
+    return lambda images: session.run(["logits"], {"image": images})[0]
 
 
 def _openvino(bundle: Bundle) -> Candidate:
     import openvino
 
     compiled = openvino.Core().compile_model(bundle.path / bundle.graph_name("fp32"), "CPU")
-    return lambda images: compiled([images])["logits"].copy()  # type: ignore[no-any-return]
+    return lambda images: compiled([images])["logits"].copy()
 
 
 def _as_trained(checkpoint: Path | None, given: Given) -> nn.Module:
@@ -193,7 +193,7 @@ def _as_trained(checkpoint: Path | None, given: Given) -> nn.Module:
     return AsTrained(network, torch.float32, normalisation)
 
 
-def _from_torch(network: nn.Module) -> Candidate:
+def _from_torch(network: Callable[[torch.Tensor], torch.Tensor]) -> Candidate:
     def logits(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         with torch.inference_mode():
             found: npt.NDArray[np.float32] = network(torch.from_numpy(images)).numpy()

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import typer
@@ -24,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from thoraxrt.benchmarks.environment import environment
 from thoraxrt.engine.backends import Backend, available, backend_names, open_backend
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import decode
@@ -121,11 +120,11 @@ def main(
     if len(files) < batch:
         raise typer.BadParameter(f"{folder} holds {len(files)} radiographs; expected at least a batch of {batch}")
     inputs = [network_input(decode(read_image(file)).pixels, opened.manifest.preprocess) for file in files]
+    here = environment()
     results = compare_precisions(opened, inputs, batch)
-    machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "date": str(date.today())}
     table = Table(
         *("what", "ms a batch", "images/s", f"x {YARDSTICK}", "mean error", "99th percentile", "meets the bar"),
-        title=f"{opened.manifest.network.name}, batch {batch}, {len(files)} radiographs, {machine['cpus']} CPUs, {machine['date']}",
+        title=f"{opened.manifest.network.name}, batch {batch}, {len(files)} radiographs, {here}",
         caption="errors: absolute differences of probabilities",
     )
     for result in results:
@@ -140,7 +139,7 @@ def main(
         json.dumps(
             {
                 "scenario": "precisions",
-                **machine,
+                "environment": msgspec.to_builtins(here),
                 "bundle": opened.sha256,
                 "batch": batch,
                 "images": len(files),

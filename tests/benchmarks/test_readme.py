@@ -33,7 +33,13 @@ def test_every_committed_result_makes_a_table(file: Path) -> None:
 
 
 def test_tables_are_filled_and_the_rest_stays(tmp_path: Path) -> None:
-    row = {"backend": "a", "precision": "fp|32", "predict_ms": 26.49, "decoding_alone_ms": 5.12, "network_alone_ms": 17.7}
+    row = {
+        "backend": "a",
+        "precision": "fp|32",
+        "predict_ms": 26.49,
+        "decoding_alone_ms": 5.12,
+        "network_alone_ms": 17.7,
+    }
     (tmp_path / "x.json").write_bytes(msgspec.json.encode({"results": [row | {"network_busy": 0.842}]}))
     marker = "before\n<!-- table overlap x.json -->\n{}<!-- /table -->\nafter\n"
     once = filled(marker.format("old\n"), tmp_path)

@@ -29,7 +29,9 @@ def test_a_slower_machine_cancels_out() -> None:
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=40))
 @settings(max_examples=50, deadline=None)
-def test_the_medians_interval_is_the_narrowest_pair_of_order_statistics_that_holds_95_percent(values: list[float]) -> None:
+def test_the_medians_interval_is_the_narrowest_pair_of_order_statistics_that_holds_95_percent(
+    values: list[float],
+) -> None:
     median, interval = median_interval(tuple(values))
     ordered, n = np.sort(values), len(values)
     outside = int(binom.ppf(0.025, n, 0.5)) - 1  # the slow way: the last k with P(X <= k) <= 2.5 %

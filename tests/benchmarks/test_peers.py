@@ -1,0 +1,87 @@
+"""Who takes part, whose answers are wrong, and what becomes of those that break."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from thoraxrt.benchmarks.gpu_model import pixels
+from thoraxrt.benchmarks.peers import REFERENCE, Candidate, Peer, compare_peers, engine_candidates, race
+from thoraxrt.engine.bundle import Bundle
+from thoraxrt.engine.errors import RequestError
+from thoraxrt.engine.preprocess import network_input
+from thoraxrt.export.sample import SAMPLE_CHECKPOINT
+
+
+@pytest.fixture(scope="module")
+def inputs(sample_bundle: Bundle) -> list[npt.NDArray[np.uint8]]:
+    return [network_input(image, sample_bundle.manifest.preprocess) for image in pixels(None, 3)]
+
+
+def test_every_runtime_gives_the_same_answers_and_times(
+    sample_bundle: Bundle, inputs: list[npt.NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.compile", lambda network, **_: network)  # compiling takes a minute where CPUs are busy
+    found = {peer.name: peer for peer in compare_peers(
+        sample_bundle, inputs, batch=2, rounds=6, checkpoint=SAMPLE_CHECKPOINT)}  # fmt: skip
+    expected = {
+        "openvino fp32",
+        REFERENCE,
+        "onnxruntime, defaults",
+        "openvino, defaults",
+        "PyTorch eager",
+        "torch.compile",
+    }
+    assert expected <= found.keys()
+    for name in expected:
+        peer = found[name]
+        assert peer.reason is None
+        assert peer.agreement is not None
+        assert peer.agreement.mean_error < (1e-5 if "openvino, defaults" not in name else 0.01)  # that one may run BF16
+        assert peer.rounds is not None
+        assert len(peer.rounds.milliseconds) == 6
+        assert peer.speed_up is not None
+        assert peer.interval is not None
+        assert peer.interval.low <= peer.speed_up <= peer.interval.high
+    assert found[REFERENCE].speed_up == 1
+    peers = tuple(found.values())
+    assert msgspec.json.decode(msgspec.json.encode(peers), type=tuple[Peer, ...]) == peers
+
+
+def test_a_peer_that_is_wrong_or_breaks_is_reported_and_not_ranked(
+    sample_bundle: Bundle, inputs: list[npt.NDArray[np.uint8]]
+) -> None:
+    def broken() -> Candidate:
+        raise OSError("no such\nlibrary")
+
+    with contextlib.ExitStack() as opened:
+        right = engine_candidates(sample_bundle, opened)[REFERENCE]
+        makers: dict[str, Callable[[], Candidate]] = {
+            REFERENCE: right,
+            "shifted": lambda: lambda images: right()(images) + 2,
+            "not normalised": lambda: lambda images: right()(255 - images),
+            "broken": broken,
+        }
+        found = {peer.name: peer for peer in race(makers, inputs, sample_bundle, batch=1, rounds=1)}
+    assert list(found) == list(makers)
+    for name in ("shifted", "not normalised"):
+        assert "wrong answers: probabilities differ from FP32's by 0." in (found[name].reason or "")
+        assert found[name].agreement is not None
+    assert found["broken"].reason == "OSError: no such library"
+    assert [name for name, peer in found.items() if peer.rounds] == [REFERENCE]
+    assert [name for name, peer in found.items() if peer.speed_up is not None] == [REFERENCE]
+    assert found[REFERENCE].interval is None  # one round
+
+
+def test_pytorch_needs_a_checkpoint_and_a_batch_its_inputs(
+    sample_bundle: Bundle, inputs: list[npt.NDArray[np.uint8]]
+) -> None:
+    found = {peer.name: peer for peer in compare_peers(sample_bundle, inputs, batch=1, rounds=1)}
+    assert "needs the network's checkpoint" in (found["PyTorch eager"].reason or "")
+    with pytest.raises(RequestError, match="3 inputs for batches of 4"):
+        compare_peers(sample_bundle, inputs, batch=4)
