@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from PIL import Image
@@ -22,7 +23,10 @@ from thoraxrt.engine.preprocess import PreprocessSpec
 from thoraxrt.export import Track, no_progress
 from thoraxrt.export.nih import NihRecord
 
-__all__ = ["Case", "View", "gallery"]
+__all__ = ["VISIBLE", "Case", "View", "gallery"]
+
+VISIBLE: Final = 0.0005
+"""Of a probability: what moved less is no case to look at."""
 
 _OPENED = ("engine", "server")
 _CASES = 12
@@ -65,11 +69,15 @@ def gallery(
     answered again, in this process: on the backend and at the precision of each side. Raises what an engine raises.
     """
     reference, drawn = receipt.reference, receipt.boxes_reference
-    moving = [result for result in receipt.results if result.moved and result.candidate.through in _OPENED]
+    moving = [
+        (result.candidate, cases)
+        for result in receipt.results
+        if result.candidate.through in _OPENED and (cases := _apart(result.moved, records, _CASES))
+    ]
     if not moving or drawn is None or reference is None:
         return ()
     share = max(1, _CASES // len(moving))
-    chosen = [(result.candidate, moved) for result in moving for moved in _apart(result.moved, records, share)][:_CASES]
+    chosen = [(candidate, moved) for candidate, cases in moving for moved in cases[:share]][:_CASES]
     wanted: dict[tuple[str, str], dict[str, Path]] = {}
     for candidate, moved in chosen:
         for side in (drawn, candidate):
@@ -97,10 +105,11 @@ def gallery(
 
 
 def _apart(moved: Sequence[Moved], records: Mapping[str, NihRecord], count: int) -> list[Moved]:
-    """The first `count`, each of another image that is at hand."""
+    """The first `count` that are worth looking at, each of another image that is at hand."""
     first: dict[str, Moved] = {}
     for each in moved:
-        if each.image in records and records[each.image].path is not None:
+        visible = abs(each.probability - each.reference) >= VISIBLE
+        if visible and each.image in records and records[each.image].path is not None:
             first.setdefault(each.image, each)
     return list(first.values())[:count]
 

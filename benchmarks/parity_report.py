@@ -13,7 +13,7 @@ from thoraxrt.benchmarks.localisation import ThresholdResult
 from thoraxrt.benchmarks.measures import Errors, Share
 from thoraxrt.benchmarks.paired import Comparison, Difference
 from thoraxrt.benchmarks.parity_figures import differences_panel, errors_panel, reliability_panel, roc_panel
-from thoraxrt.benchmarks.parity_gallery import Case
+from thoraxrt.benchmarks.parity_gallery import VISIBLE, Case
 from thoraxrt.benchmarks.receipt import Data, Receipt, Result
 from thoraxrt.benchmarks.report import DASH, Banner, Cell, Drawing, State, Table, estimate, interval, number, render
 from thoraxrt.export.agreement import MEAN_ERROR, P99_ERROR, RANK_CORRELATION
@@ -22,6 +22,13 @@ __all__ = ["parity_report"]
 
 _STATES: dict[str, State] = {"non-inferior": "pass", "inferior": "fail", "cannot tell": "open"}
 _SPLITS = {"test": "official test list", "train_val": "official train_val list", "all": "whole data entry file"}
+
+
+_SAID: dict[State, str] = {
+    "fail": "fails",
+    "pass": "passes",
+    "open": "nothing against it, but these images cannot tell whether AUROC lost",
+}
 
 
 def parity_report(receipt: Receipt, cases: Sequence[Case] = ()) -> str:
@@ -55,6 +62,7 @@ def parity_report(receipt: Receipt, cases: Sequence[Case] = ()) -> str:
         dicom=_dicom(receipt),
         unanswered=_unanswered(receipt),
         cases=cases,
+        visible=VISIBLE,
     )
 
 
@@ -65,8 +73,9 @@ def _banners(receipt: Receipt) -> list[Banner]:
         verdict = result.verdict
         if verdict is None:
             continue
-        state: State = "fail" if not verdict.passed else "pass" if verdict.shown else "open"
-        said = {"fail": "fails", "pass": "passes", "open": "nothing shown against it, nor for it"}[state]
+        decided = result.comparison and any(each.verdict == "non-inferior" for each in result.comparison.findings)
+        state: State = "fail" if not verdict.passed else "pass" if decided else "open"
+        said = _SAID[state]
         reasons = [
             (word, sentence)
             for word, sentences in (
@@ -93,7 +102,7 @@ def _facts(receipt: Receipt) -> list[tuple[str, str]]:
         ("patients", f"{data.patients:,}"),
         ("not at hand", f"{data.absent:,}"),
         ("unreadable", f"{len(data.unreadable):,}"),
-        ("margin", f"{receipt.margin:g} of AUROC"),
+        ("margin of AUROC", f"{receipt.margin:g}"),
     ]
     if receipt.bundle:
         facts.append(("bundle", receipt.bundle[:12]))
