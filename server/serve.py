@@ -170,11 +170,12 @@ def serve(
     """
 
     async def run() -> None:
-        signalled = _signalled(models)
+        stopping, hung_up = _signalled()
         async with listening(models, options, telemetry, audit) as bound:
             line = f"serving {SERVICE_NAME} on {_address(options.host, bound)}"
             print(line, flush=True) if announce is None else announce(line)
-            await signalled.wait()
+            _refreshing = asyncio.create_task(_refreshed(models, hung_up))
+            await stopping.wait()
 
     asyncio.run(run())
 
@@ -301,31 +302,27 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _signalled(models: ServedModels) -> asyncio.Event:
-    """Set at the first SIGINT or SIGTERM; the second one does what it does by default. SIGHUP refreshes the models."""
-    loop, event = asyncio.get_running_loop(), asyncio.Event()
+def _signalled() -> tuple[asyncio.Event, asyncio.Event]:
+    """Set at the first SIGINT or SIGTERM, of which the second does what it does by default; and set at each SIGHUP."""
+    loop, stopping, hung_up = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def stop() -> None:
-        event.set()
+        stopping.set()
         for number in numbers:
             loop.remove_signal_handler(number)
 
     for number in numbers:
         loop.add_signal_handler(number, stop)
-    refreshing: set[asyncio.Task[None]] = set()
-
-    def refresh() -> None:
-        task = loop.create_task(_refreshed(models))
-        refreshing.add(task)  # else nothing holds it
-        task.add_done_callback(refreshing.discard)
-
-    loop.add_signal_handler(signal.SIGHUP, refresh)
-    return event
+    loop.add_signal_handler(signal.SIGHUP, hung_up.set)
+    return stopping, hung_up
 
 
-async def _refreshed(models: ServedModels) -> None:
-    try:
-        await models.refresh()
-    except ThoraxrtError as error:
-        _log.error("what was served before SIGHUP still is: %s", error)
+async def _refreshed(models: ServedModels, hung_up: asyncio.Event) -> None:
+    """Look at the models again whenever SIGHUP has come, however often it came meanwhile."""
+    while await hung_up.wait():
+        hung_up.clear()
+        try:
+            await models.refresh()
+        except ThoraxrtError as error:
+            _log.error("what was served before SIGHUP still is: %s", error)

@@ -160,11 +160,9 @@ def test_the_images_health_check_is_the_servers_health(stages, address, tmp_path
     (check_,) = [rest for name, rest in stages[-1] if name == "HEALTHCHECK"]
     command = check_.partition(" CMD ")[2]
     assert command.split()[:2] == ["thoraxrt", "health"]
-    stand_in = tmp_path / "thoraxrt"  # for the command line, which knows the function by this name
-    stand_in.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom thoraxrt.server.probe import health\nhealth(*sys.argv[2:])\n"
-    )
-    stand_in.chmod(0o755)
+    script = tmp_path / "thoraxrt"  # as installing makes it
+    script.write_text(f"#!{sys.executable}\nfrom thoraxrt.cli import main\nmain()\n")
+    script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("THORAXRT_SERVER__PORT", address.rpartition(":")[2])
     asked = ["sh", "-c", command]

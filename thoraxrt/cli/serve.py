@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from thoraxrt.cli.app import Backend, Connection, Device, Precision, RequireSignature, TlsCa, TlsCert, TlsKey, items
+
+from thoraxrt.engine.errors import ThoraxrtError
 
 if TYPE_CHECKING:
     from thoraxrt.server.config import Config
@@ -120,13 +123,17 @@ def health(
         str | None, typer.Option(metavar="NAME", help="The name in the server's certificate, where it is another.")
     ] = None,
 ) -> None:
-    """Is a server ready? For probes: exit status 0, else 2 and why.
+    """Is a server ready? For probes: exit status 0, else 1 and why (Docker keeps 2 for itself).
 
     [bold]thoraxrt health 127.0.0.1:8500 --tls-ca ca.pem --tls-name server.hospital.example[/]
     """
     from thoraxrt.server.probe import health as probe
 
-    probe(address, service=service, tls=Connection(None, tls_ca, tls_cert, tls_key).tls(), tls_name=tls_name)
+    try:
+        probe(address, service=service, tls=Connection(None, tls_ca, tls_cert, tls_key).tls(), tls_name=tls_name)
+    except ThoraxrtError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 def token(
