@@ -264,10 +264,9 @@ def _backends(probe: onnx.ModelProto) -> Iterator[tuple[str, Backend]]:
     """The probe in every precision that a runtime has here."""
     fp32, int8 = probe.SerializeToString(), _int8(probe).SerializeToString()
     graphs = {"fp32": fp32, "bf16": fp32, "fp16": fp16_from_fp32(probe).SerializeToString(), "int8": int8}
-    makers: list[Callable[[], Backend]] = [
-        partial(OpenVinoBackend, graph, precision) for precision, graph in graphs.items()
-    ]
-    for make in (*makers, partial(OnnxRuntimeBackend, fp32, "fp32"), partial(OnnxRuntimeBackend, int8, "int8")):
+    makers: list[Callable[[], Backend]] = [partial(OpenVinoBackend, graph, name) for name, graph in graphs.items()]
+    makers += [partial(OnnxRuntimeBackend, graphs[name], name) for name in ("fp32", "int8")]
+    for make in makers:
         with contextlib.suppress(BackendError):  # not installed, or no such arithmetic on this CPU
             backend = make()
             yield backend.precision, backend

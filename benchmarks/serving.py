@@ -19,24 +19,22 @@ Python of their own:
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import msgspec
 import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from thoraxrt.benchmarks.environment import environment
 from thoraxrt.benchmarks.served import Served
 from thoraxrt.benchmarks.serving_compared import CONCURRENCY, OURS, compared
 from thoraxrt.benchmarks.serving_load import Answer, Load, Target
@@ -235,12 +233,11 @@ def main(
 ) -> None:
     """Measure each backend, or the peers; a table to stderr, one line of JSON to stdout."""
     opened, files = Bundle.open(bundle), [read_image(path) for path in images[:_IMAGES]]
-    machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.machine(), "date": str(date.today())}
-    console, load_before = Console(stderr=True, width=150), os.getloadavg()[0]
+    here, console = environment(), Console(stderr=True, width=150)
     table = Table(
         *("what runs", "figure", "", "target", ""),
         title=f"{opened.manifest.network.name}, {len(files)} files of {sum(map(len, files)) // len(files)} bytes, "
-        f"{machine['cpus']} CPUs, {machine['date']}, load of others {load_before:.1f}",
+        f"{here}",
     )
     results: list[dict[str, Any]] = []
     beside: list[dict[str, Any]] = []
@@ -257,8 +254,7 @@ def main(
             for what, figure, value, target, met in _rows(result["name"], result, result):
                 table.add_row(what, figure, value, target, "met" if met else "missed")
     console.print(table)
-    versions = {name: version(name) for name in ("grpcio", "onnxruntime", "openvino")}
-    said = {"scenario": "serving", **machine, "load_before": load_before, "versions": versions}
+    said = {"scenario": "serving", "environment": msgspec.to_builtins(here)}
     said |= {"bundle": opened.sha256, "decoding": "threads" if threads else "processes", "files": len(files)}
     print(json.dumps({**said, "results": results, "peers": beside}))
 
