@@ -174,8 +174,9 @@ def serve(
         async with listening(models, options, telemetry, audit) as bound:
             line = f"serving {SERVICE_NAME} on {_address(options.host, bound)}"
             print(line, flush=True) if announce is None else announce(line)
-            _refreshing = asyncio.create_task(_refreshed(models, hung_up))
+            refreshing = asyncio.create_task(_refreshed(models, hung_up))
             await stopping.wait()
+        refreshing.cancel()
 
     asyncio.run(run())
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from thoraxrt.cli.app import Backend, Connection, Device, Precision, RequireSignature, TlsCa, TlsCert, TlsKey, items
-
 from thoraxrt.engine.errors import ThoraxrtError
 
 if TYPE_CHECKING:
