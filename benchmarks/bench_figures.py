@@ -68,13 +68,14 @@ def latencies_panel(title: str, latencies: Mapping[str, Sequence[tuple[float, fl
     The vertical axis is logarithmic in the share that is slower, so that p99 and p99.9 stand as far apart as p90 and
     p99.
     """
-    figure = Figure((4.3, 3.1), layout="constrained")
+    figure = Figure((4.3, 3 + 0.19 * len(latencies)), layout="constrained")
     axes = figure.subplots()
     deepest = max(share for points in latencies.values() for share, _ in points if share < 1)
     shown = [p for p in _PERCENTILES if p / 100 <= deepest + 1e-9]
-    for number, points in enumerate(latencies.values()):
+    for number, (name, points) in enumerate(latencies.items()):
         below = [(milliseconds, 1 - share) for share, milliseconds in points if share < 1]
-        axes.plot(*zip(*below, strict=True), color=series(number), linestyle=lines(number), linewidth=1.6)
+        axes.plot(*zip(*below, strict=True), color=series(number), linestyle=lines(number), linewidth=1.6, label=name)
+    figure.legend(loc="outside upper left", fontsize=8.5, handlelength=3)
     axes.set(xscale="log", yscale="log", ylim=(1, (1 - deepest) / 1.5), xlabel="latency, ms", ylabel="percentile")
     axes.yaxis.set_major_locator(FixedLocator([1 - p / 100 for p in shown]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda above, _: f"p{100 - 100 * above:.4g}"))
@@ -92,11 +93,13 @@ def throughput_panel(title: str, curves: Mapping[str, Sequence[Throughput]], qua
 
     `quantile` says which latency it is ("median", "p99").
     """
-    figure = Figure((4.3, 3.1), layout="constrained")
+    figure = Figure((4.3, 3 + 0.19 * len(curves)), layout="constrained")
     axes = figure.subplots()
-    for number, points in enumerate(curves.values()):
+    for number, (name, points) in enumerate(curves.items()):
         x, y = [point.per_second for point in points], [point.latency for point in points]
-        axes.plot(x, y, color=series(number), linestyle=lines(number), linewidth=1.5, marker="o", markersize=4)
+        axes.plot(
+            x, y, color=series(number), linestyle=lines(number), linewidth=1.5, marker="o", markersize=4, label=name
+        )
         for point in points:
             axes.annotate(
                 point.setting,
@@ -107,6 +110,7 @@ def throughput_panel(title: str, curves: Mapping[str, Sequence[Throughput]], qua
                 fontsize=7.5,
                 color=MUTED,
             )
+    figure.legend(loc="outside upper left", fontsize=8.5, handlelength=3)
     axes.set(xlim=(0, None), yscale="log", xlabel="images per second", ylabel=f"latency ({quantile}), ms")
     axes.margins(x=0.08, y=0.15)
     _plain(axes)

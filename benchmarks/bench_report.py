@@ -41,6 +41,7 @@ def bench_report(result: BenchResult) -> str:
         result=result,
         facts=_facts(result),
         scenarios=_scenarios(result.scenarios),
+        loadgen=_loadgen(result.scenarios),
         latencies=_latencies(result.scenarios),
         percentiles=_percentiles(result.scenarios),
         curves=_curves(result.curves),
@@ -89,7 +90,7 @@ def _banners(scenarios: Sequence[ScenarioResult]) -> list[Banner]:
 
 
 def _headline(each: ScenarioResult) -> str:
-    said = "" if each.verdict == "VALID" else f" (INVALID: {'; '.join(each.reasons)})"
+    said = "" if each.verdict == "VALID" else ", INVALID"
     if each.images_per_s is None:
         return f"no figures{said}"
     judged = _percentile(each.latency, each.percent)
@@ -115,7 +116,6 @@ def _scenarios(scenarios: Sequence[ScenarioResult]) -> Table:
             "offered/s",
             "bound, ms",
             "J/image",
-            "early stopping",
         ),
         rows=[
             [
@@ -130,11 +130,29 @@ def _scenarios(scenarios: Sequence[ScenarioResult]) -> Table:
                 number(each.offered_per_s, ".1f"),
                 number(each.bound_ms, ".0f"),
                 number(each.joules_per_image, ".2f"),
-                Cell(text=each.early_stopping or DASH, css="wrap"),
             ]
             for each in scenarios
         ],
         caption="MLPerf Inference's scenarios, driven and judged by LoadGen. What it calls INVALID is no result.",
+    )
+
+
+def _loadgen(scenarios: Sequence[ScenarioResult]) -> Table:
+    return Table(
+        head=("scenario", "target", "why INVALID, and errors", "early stopping"),
+        rows=[
+            [
+                Cell(text=each.scenario),
+                Cell(text=_name(each.target, each.input), css="text"),
+                Cell(
+                    text="; ".join((*each.reasons, *(f"{n} x {error}" for error, n in each.errors.items()))) or DASH,
+                    css="wrap",
+                ),
+                Cell(text=each.early_stopping or DASH, css="wrap"),
+            ]
+            for each in scenarios
+        ],
+        caption="In LoadGen's words.",
     )
 
 

@@ -14,9 +14,11 @@ from thoraxrt.benchmarks.measures import Errors, Share
 from thoraxrt.benchmarks.paired import Comparison, Difference
 from thoraxrt.benchmarks.parity_figures import differences_panel, errors_panel, reliability_panel, roc_panel
 from thoraxrt.benchmarks.parity_gallery import VISIBLE, Case
+from thoraxrt.benchmarks.published import REFERENCES, TABLE_4, TABLE_7, LocalisationReference, comparable
 from thoraxrt.benchmarks.receipt import Data, Receipt, Result
 from thoraxrt.benchmarks.report import DASH, Banner, Cell, Drawing, State, Table, estimate, interval, number, render
 from thoraxrt.export.agreement import MEAN_ERROR, P99_ERROR, RANK_CORRELATION
+from thoraxrt.export.nih import LABELS
 
 __all__ = ["parity_report"]
 
@@ -50,6 +52,8 @@ def parity_report(receipt: Receipt, cases: Sequence[Case] = ()) -> str:
         comparisons=[_comparison(result) for result in results if result.comparison],
         powers=[(str(result.candidate), _power(result.comparison)) for result in results if result.comparison],
         aurocs=_aurocs(results, names),
+        published=_published(receipt.data),
+        published_findings=_published_findings(),
         roc=_roc(results, names),
         operating=[_operating(result, results[0]) for result in results if result.operating],
         reliability=_reliability(results, names),
@@ -58,6 +62,7 @@ def parity_report(receipt: Receipt, cases: Sequence[Case] = ()) -> str:
         error_table=_error_table(results),
         agreement=_agreement(results),
         localisation=[table for result in results if result.localisation for table in _localisation(result)],
+        published_boxes=[_published_boxes(table) for table in (TABLE_4, TABLE_7)],
         boxes=[_boxes(result, receipt) for result in results if result.boxes],
         dicom=_dicom(receipt),
         unanswered=_unanswered(receipt),
@@ -204,6 +209,40 @@ def _aurocs(results: Sequence[Result], names: Sequence[str]) -> Table | None:
         rows=rows,
         foot=[Cell(text="mean of those defined"), Cell(text=""), Cell(text=""), *(number(mean) for mean in means)],
         caption="AUROC with its 95 % interval by patient.",
+    )
+
+
+def _published(data: Data) -> Table:
+    """Whose results there are, and whether these images are theirs."""
+    rows = [
+        [
+            Cell(text=each.name),
+            Cell(text=each.network, css="text"),
+            number(each.mean),
+            _comparable(comparable(each, data.split, data.images)),
+            Cell(text=f"{each.split} split", css="text"),
+            Cell(text=each.source, css="wrap"),
+        ]
+        for each in REFERENCES
+    ]
+    return Table(
+        head=("published", "network", "mean AUROC", "comparable", "split", "source"),
+        rows=rows,
+        caption="Published results. Comparable only where both are of the whole official test list: another split has other "
+        "images.",
+    )
+
+
+def _comparable(answer: bool) -> Cell:
+    return Cell(text="comparable" if answer else "not comparable", state="pass" if answer else "open", css="text")
+
+
+def _published_findings() -> Table:
+    known = [each for each in REFERENCES if each.aurocs]
+    return Table(
+        head=("finding", *(f"{each.name} ({each.split} split)" for each in known)),
+        rows=[[Cell(text=label), *(number(each.aurocs.get(label), ".4f") for each in known)] for label in LABELS],
+        caption="Published AUROC by finding; see above for what may be compared.",
     )
 
 
@@ -377,6 +416,23 @@ def _localised(each: ThresholdResult) -> Cell:
     if each.accuracy is None:
         return number(None)
     return Cell(text=f"{each.accuracy:.3f} ({each.average_false_positives:.3f})", sort=each.accuracy)
+
+
+def _published_boxes(table: LocalisationReference) -> Table:
+    columns = zip(table.accuracy, table.average_false_positives, strict=True)  # by threshold
+    by_threshold = [list(zip(accuracy, false, strict=True)) for accuracy, false in columns]
+    return Table(
+        head=("finding", *(f"T = {threshold:g}" for threshold in table.thresholds)),
+        rows=[
+            [
+                Cell(text=finding),
+                *(Cell(text=f"{each[row][0]:.3f} ({each[row][1]:.3f})", sort=each[row][0]) for each in by_threshold),
+            ]
+            for row, finding in enumerate(table.findings)
+        ],
+        caption=f"Published: {table.name}, {table.source}, at T({'IoBB' if table.overlap == 'iobb' else 'IoU'}). Comparable "
+        "only on all 880 images with boxes.",
+    )
 
 
 def _boxes(result: Result, receipt: Receipt) -> Table:
