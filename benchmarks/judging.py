@@ -99,10 +99,10 @@ def judged(answers: Answers, reference: Answers | None) -> Result:
 
 
 def broken(candidate: Candidate, reason: str) -> Result:
-    """What a candidate comes to whose runtime broke."""
+    """What a candidate comes to that nothing can be compared of."""
     return Result(
         candidate=candidate,
-        verdict=Verdict(passed=False, failures=(f"its runtime broke: {reason}",), shown=(), not_shown=()),
+        verdict=Verdict(passed=False, failures=(reason,), shown=(), not_shown=()),
     )
 
 

@@ -118,11 +118,16 @@ def parity(bundle: Bundle, folder: Path, options: ParityOptions | None = None, t
     found, failed = {}, {}
     for run in runs:
         try:
-            found[run.candidate] = answered(run, bundle, items, work, key, track)
+            scores = answered(run, bundle, items, work, key, track)
         except BackendError as error:
             if run is runs[0]:
                 raise
-            failed[run.candidate] = broken(run.candidate, str(error))
+            failed[run.candidate] = broken(run.candidate, f"its runtime broke: {error}")
+            continue
+        if run is not runs[0] and all(scores.errors):  # else nothing would be left to compare the others on
+            failed[run.candidate] = broken(run.candidate, f"it answered none of the images: {scores.errors[0]}")
+        else:
+            found[run.candidate] = scores
     everyone = _Everyone(manifest=bundle.manifest, records=records, items=items, found=found)
     trial = everyone.trial(options.margin)
     answers = {candidate: everyone.answers(trial, candidate) for candidate in found}

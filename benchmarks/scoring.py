@@ -23,7 +23,7 @@ from thoraxrt.engine.boxes import Box, boxes_from_cam
 from thoraxrt.engine.bundle import Bundle, Manifest
 from thoraxrt.engine.decode import DecodeLimits, ThreadDecoder
 from thoraxrt.engine.engine import Engine, Prediction, read_image
-from thoraxrt.engine.errors import ImageError, ServerError, ThoraxrtError
+from thoraxrt.engine.errors import ImageError, NotFiniteError, ServerError, ThoraxrtError
 from thoraxrt.engine.execute import open_executor
 from thoraxrt.export import Track, no_progress
 from thoraxrt.server.client import Client
@@ -139,7 +139,7 @@ def _encoded(items: Iterable[Item], taken: set[str], asked: deque[Row]) -> Itera
 
 
 def _answered(row: Row, answer: Answer | ThoraxrtError) -> Row:
-    if isinstance(answer, ImageError):
+    if isinstance(answer, (ImageError, NotFiniteError)):
         return replace(row, error=str(answer))
     if isinstance(answer, ThoraxrtError):
         raise answer

@@ -13,8 +13,9 @@
     ├── DatasetError                 a data set folder does not hold what its layout promises
     ├── BackendError                 inference failed, or the runtime broke
     │   ├── BackendUnavailableError  the backend or precision cannot run on this machine
-    │   └── DeviceError              the GPU failed; what was in flight there has no answer
-    │       └── DeviceMemoryError    the GPU's memory, or page-locked host memory, is used up
+    │   ├── DeviceError              the GPU failed; what was in flight there has no answer
+    │   │   └── DeviceMemoryError    the GPU's memory, or page-locked host memory, is used up
+    │   └── NotFiniteError           this image's answer holds a NaN or an infinity; others need not
     ├── RequestError                 an option or argument that makes no sense for this model
     │   └── ModelNotFoundError       the server has no such model or version
     ├── AccessError                  the server does not let this client do this
@@ -49,6 +50,7 @@ __all__ = [
     "ImageFormatError",
     "ImageLimitError",
     "ModelNotFoundError",
+    "NotFiniteError",
     "OverloadedError",
     "PlanError",
     "RequestError",
@@ -124,6 +126,10 @@ class DeviceError(BackendError):
 
 class DeviceMemoryError(DeviceError):
     """The GPU's memory, or page-locked host memory, is used up."""
+
+
+class NotFiniteError(BackendError):
+    """The network's values for this image hold a NaN or an infinity; others need not."""
 
 
 class RequestError(ThoraxrtError):

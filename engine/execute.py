@@ -19,7 +19,7 @@ from thoraxrt.engine.backends import Backend, choose
 from thoraxrt.engine.boxes import Region, regions_from_cam
 from thoraxrt.engine.bundle import Bundle, Manifest
 from thoraxrt.engine.decode import Radiograph
-from thoraxrt.engine.errors import BackendError, DeviceError, ImageContentError, ThoraxrtError
+from thoraxrt.engine.errors import BackendError, DeviceError, ImageContentError, NotFiniteError, ThoraxrtError
 from thoraxrt.engine.postprocess import reported, thresholds
 from thoraxrt.engine.preprocess import Exact, Geometry, PreprocessSpec, network_input
 from thoraxrt.engine.profile import Profile, span
@@ -263,9 +263,9 @@ class HostExecutor:
         self._backend.close()
 
 
-def not_finite(backend: str, precision: str) -> BackendError:
+def not_finite(backend: str, precision: str) -> NotFiniteError:
     """What an image gets whose logits or CAMs hold a NaN or an infinity."""
-    return BackendError(
+    return NotFiniteError(
         f"{backend} {precision} gave values that are not finite for this image; "
         "use another precision (fp32) and check the bundle's parity"
     )

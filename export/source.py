@@ -7,9 +7,9 @@ compare it with, and what is known of labels, activation and geometry.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
 
@@ -63,14 +63,14 @@ class Given:
 class Source:
     """A model ready to be exported.
 
-    `graph`: `image` uint8 `(batch, 1, S, S)` to float32 `logits` and `cam`. `bias` float32 `(C,)`, the
-    classifier's. `labels` None where nobody named the outputs. `assumed` names what neither the user nor
+    `graph`: `image` uint8 `(batch, 1, S, S)` to float32 `logits` and `cam`; it is made when it is first asked for, since
+    who only wants the `reference` need not wait for it. `bias` float32 `(C,)`, the classifier's. `labels` None where nobody named the outputs. `assumed` names what neither the user nor
     the file says, for which the CheXNet recipe stands.
     """
 
     name: str
     sha256: str
-    graph: onnx.ModelProto
+    make_graph: Callable[[], onnx.ModelProto]
     reference: Reference
     bias: npt.NDArray[np.float32]
     labels: tuple[str, ...] | None
@@ -79,6 +79,11 @@ class Source:
     normalisation: Normalisation
     trained_with: TrainedWith | None
     assumed: tuple[str, ...]
+
+    @cached_property
+    def graph(self) -> onnx.ModelProto:
+        """See above."""
+        return self.make_graph()
 
 
 def read_source(path: str | Path, given: Given) -> Source:
@@ -105,7 +110,7 @@ def _from_checkpoint(path: Path, given: Given) -> Source:
     return Source(
         name=checkpoint.network.name,
         sha256=checkpoint.sha256,
-        graph=onnx_from_network(served, preprocess.input_size),
+        make_graph=partial(onnx_from_network, served, preprocess.input_size),
         reference=partial(reference_logits, checkpoint.network, normalisation),
         bias=served.bias.detach().numpy(),
         labels=given.labels or checkpoint.labels,
@@ -144,7 +149,7 @@ def _from_onnx(
     return Source(
         name=name,
         sha256=sha256,
-        graph=served.model,
+        make_graph=lambda: served.model,
         reference=reference,
         bias=served.bias,
         labels=given.labels,

@@ -107,7 +107,7 @@ def test_the_cases_that_moved_most_are_the_largest_first_and_know_their_labels()
 
 
 def test_a_broken_runtime_is_a_failure() -> None:
-    result = broken(REFERENCE.candidate, "no such instruction")
+    result = broken(REFERENCE.candidate, "its runtime broke: no such instruction")
     assert result.verdict == Verdict(
         passed=False, failures=("its runtime broke: no such instruction",), shown=(), not_shown=()
     )

@@ -257,7 +257,7 @@ def test_a_candidate_whose_runtime_breaks_has_failed(sample_bundle: Bundle, phan
     assert not receipt.passed
     verdict = receipt.results[-1].verdict
     assert verdict is not None
-    assert "its runtime broke: onnxruntime int8 gave values that are not finite" in verdict.failures[0]
+    assert "it answered none of the images: onnxruntime int8 gave values that are not finite" in verdict.failures[0]
     assert "FAILED" in printed(receipt)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.server.conftest import tiny_graph, write_bundle
 from thoraxrt.benchmarks.archive import items_in, score_archive
 from thoraxrt.benchmarks.scores import read
 from thoraxrt.engine.bundle import Bundle
@@ -35,7 +35,7 @@ from pathlib import Path
 from thoraxrt.benchmarks import ray_scoring
 from thoraxrt.benchmarks.archive import score_archive
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.engine.errors import BackendError, BackendUnavailableError, RequestError
+from thoraxrt.engine.errors import BackendUnavailableError, BundleError, RequestError
 import ray
 from ray._common.usage import usage_lib
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
@@ -78,7 +78,7 @@ with ray_scoring._cluster():
     again = score_archive(images, out, Bundle.open(bundle), ray=True)
     on_gpu = dict(backend="tensorrt", precision="fp16", device="cuda")
     refusals = [
-        refusal(BackendError, faulty, backend="onnxruntime"),
+        refusal(BundleError, faulty, backend="onnxruntime"),
         refusal(BackendUnavailableError, bundle, **on_gpu),
         refusal(RequestError, bundle, device="cuda:1"),
     ]
@@ -103,7 +103,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(images: Path, sample_bundle: Bundle, tmp_path: Path) -> None:
-    faulty = write_bundle(tmp_path / "faulty.bundle", tiny_graph(faulty=True))
+    faulty = Bundle.open(shutil.copytree(sample_bundle.path, tmp_path / "faulty.bundle"))
+    (faulty.path / "model.fp32.onnx").write_bytes(b"another network")
     score_archive(images, tmp_path / "local", sample_bundle, batch=4)
     arguments = [images, tmp_path / "ray", sample_bundle.path, faulty.path, tmp_path / "other"]
     run = subprocess.run(
@@ -119,7 +120,7 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(images: Path, sample_
     assert said["rows"] == said["scored"] == IMAGES + 1
     assert said["failed"] == 1
     assert said["again"] == 0
-    assert said["refusals"][0].startswith("onnxruntime fp32 gave values that are not finite"), "the engine's own words"
+    assert "model.fp32.onnx is not the file that was exported" in said["refusals"][0], "the engine's own words"
     assert "the Ray cluster has no machine with a GPU" in said["refusals"][1]
     assert "the device is 'cuda:1'; expected cpu or cuda" in said["refusals"][2]
     assert said["usage"] is False

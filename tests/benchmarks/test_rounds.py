@@ -14,7 +14,7 @@ from thoraxrt.benchmarks.rounds import Rounds, interleaved, median_interval, spe
 def test_works_take_turns_and_each_stands_between_yardsticks() -> None:
     called: list[str] = []
     found = interleaved({name: lambda name=name: called.append(name) for name in ("a", "b")}, 2)  # type: ignore[misc]
-    assert "".join(called) == "aaaabbbb" * 2
+    assert "".join(called) == "aaaaaabbbbbb" * 2
     for rounds in found.values():
         assert (len(rounds.milliseconds), len(rounds.yardstick_ms)) == (2, 2)
         assert min(rounds.yardstick_ms) > 0
