@@ -11,7 +11,7 @@ from typing import Final
 
 from rich.console import RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from thoraxrt.benchmarks.auroc import Estimate
 from thoraxrt.benchmarks.paired import Difference, Verdict
@@ -32,7 +32,8 @@ def render(receipt: Receipt) -> list[RenderableType]:
 def _candidates(receipt: Receipt) -> Table:
     data = receipt.data
     table = Table(
-        *("what answered", "mean AUROC", "most lost", "= ! ?", "mean error", "99 %", "rank corr.", "changed side", ""),
+        Column("what answered", overflow="fold"),
+        *("mean AUROC", "most lost", "= ! ?", "mean error", "99 %", "rank corr.", "changed side", ""),
         title=f"{escape(receipt.network or 'published predictions')}: {data.images} images of {data.patients} patients "
         f"({escape(data.folder)}, {data.split})",
         caption=f"= no loss of {receipt.margin:g} AUROC or more, ! worse than that allows, ? these images cannot tell; "

@@ -49,7 +49,14 @@ def test_throughput_latency_and_overload(bundle: Bundle, monkeypatch: pytest.Mon
     assert held["statuses"]["OK"] > 0
     assert held["memory_bytes"] > 50 * 2**20
     assert {answer.status for answer in refused} == {"INVALID_ARGUMENT"}
-    assert len(list(serving._rows("x", cost, held))) == 6
+    assert cost["bare_ms"] > 0
+    assert held["queue_p99_ms"] >= 1000 / 20.0  # no image takes less than an image at capacity
+    assert len(list(serving._rows("x", cost, held))) == 7
+
+
+def test_a_queue_takes_one_after_the_other() -> None:
+    assert serving._queue_p99([0.0] * 100, 0.5) == pytest.approx(0.5 * 99, rel=0.01)
+    assert serving._queue_p99([0.0, 1.0, 2.0], 0.5) == pytest.approx(0.5)
 
 
 def test_a_peer_is_compared_and_what_cannot_be_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +88,10 @@ def test_a_peer_is_compared_and_what_cannot_be_is_named(bundle: Bundle, monkeypa
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "ValueError: expected HTTP/1.1 with"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}", "DEADLINE_EXCEEDED"),
         (b"", "DEADLINE_EXCEEDED"),
-        (None, "IncompleteReadError"),  # the connection is closed
+        (None, ("IncompleteReadError", "ConnectionResetError")),  # it is closed, before or after all has been read
     ],
 )
-def test_whatever_an_http_server_does_each_request_ends(reply: bytes | None, status: str) -> None:
+def test_whatever_an_http_server_does_each_request_ends(reply: bytes | None, status: str | tuple[str, ...]) -> None:
     def serve() -> None:
         with suppress(OSError):
             while True:

@@ -144,6 +144,7 @@ def parity(
     """
     import msgspec
 
+    from thoraxrt.benchmarks.candidates import candidates_from_text
     from thoraxrt.benchmarks.parity import ParityOptions, predictions_parity
     from thoraxrt.benchmarks.parity import parity as check
     from thoraxrt.benchmarks.parity_gallery import gallery
@@ -168,7 +169,7 @@ def parity(
         split=cohorts or "test",
         limit=limit,
         sample=sample,
-        candidates=tuple(map(_candidate, items(candidates))) if candidates else None,
+        candidates=candidates_from_text(candidates) if candidates else None,
         checkpoint=checkpoint,
         network=network,
         serve=served,
@@ -201,13 +202,6 @@ def _finish(receipt: Receipt, json_file: Path | None, html: Path | None, cases: 
 
         html.write_text(parity_report(receipt, cases), encoding="utf-8")
     raise typer.Exit(0 if receipt.passed else 1)
-
-
-def _candidate(text: str) -> tuple[str, str]:
-    backend, _, precision = text.partition(":")
-    if not backend or not precision:
-        raise RequestError(f"--candidates {text}: expected BACKEND:PRECISION, openvino:int8 for example")
-    return backend, precision
 
 
 class _BenchGroup(TyperGroup):
