@@ -26,7 +26,7 @@ __all__ = ["MARGIN", "Change", "Comparison", "change", "compare", "print_compari
 
 
 MARGIN: Final = 0.05
-"""How much slower, as a share, is not yet a regression: by so much runs of one build differ from each other."""
+"""How much slower, as a share, is not yet a regression."""
 
 _BUSIER: Final = 1.5
 """By how much the yardstick itself may differ. Beyond, a machine is so much busier that works suffer unequally: with 2

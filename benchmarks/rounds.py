@@ -20,7 +20,10 @@ from thoraxrt.export import Track, no_progress
 
 __all__ = ["Rounds", "interleaved", "median_interval", "speed_ups", "yardstick_ms"]
 
-_CALLS: Final = 3  # a turn
+_TURN_S: Final = 0.2
+"""So that a busy machine's time slices, some ms each, average out."""
+_REST_S: Final = 0.05
+"""Threads that wait for their next call spin for a while: next to ONNX Runtime's the yardstick took twice its time."""
 _SQUARE: Final = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
 
 
@@ -41,8 +44,8 @@ def interleaved(
 ) -> dict[str, Rounds]:
     """Time each work in every round.
 
-    A turn is a call that is not timed (the last one's threads come to rest, its own weights into the cache), then
-    three that are, between two yardsticks.
+    A turn is a call that is not timed (its own weights into the cache), then the yardstick, the work and the yardstick
+    again, each for 0.2 seconds, at least once; in between all threads come to rest.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     yardsticks: dict[str, list[float]] = {name: [] for name in works}
@@ -50,19 +53,24 @@ def interleaved(
         for name, work in works.items():
             work()
             before = yardstick_ms()
-            start = time.perf_counter()
-            for _ in range(_CALLS):
-                work()
-            times[name].append(1000 * (time.perf_counter() - start) / _CALLS)
+            times[name].append(_mean_ms(work))
             yardsticks[name].append((before + yardstick_ms()) / 2)
     return {name: Rounds(milliseconds=tuple(times[name]), yardstick_ms=tuple(yardsticks[name])) for name in works}
 
 
 def yardstick_ms() -> float:
     """Milliseconds of a work that is nobody's who is compared: a numpy product of side 1,024 in FP32."""
-    start = time.perf_counter()
-    _SQUARE @ _SQUARE
-    return 1000 * (time.perf_counter() - start)
+    return _mean_ms(lambda: _SQUARE @ _SQUARE)
+
+
+def _mean_ms(work: Callable[[], object]) -> float:
+    """Milliseconds of a call, on average over a turn, after a rest."""
+    time.sleep(_REST_S)
+    calls, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < _TURN_S:
+        work()
+        calls += 1
+    return 1000 * spent / calls
 
 
 def speed_ups(reference: Rounds, own: Rounds) -> tuple[float, ...]:

@@ -10,12 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from thoraxrt.benchmarks import rounds
 from thoraxrt.benchmarks.gpu_model import pixels
 from thoraxrt.benchmarks.peers import REFERENCE, Candidate, Peer, compare_peers, engine_candidates, race
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import RequestError
 from thoraxrt.engine.preprocess import network_input
 from thoraxrt.export.sample import SAMPLE_CHECKPOINT
+
+
+@pytest.fixture(autouse=True)
+def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "_TURN_S", 0.02)
 
 
 @pytest.fixture(scope="module")
