@@ -221,6 +221,7 @@ _DEPTH: Final = 4
 _BATCH: Final = 4
 _PRODUCT: Final = 1024
 _ROUNDS: Final = 5
+_REST_S: Final = 0.05  # in which the last one's threads stop spinning for their next call
 
 
 def measure_peaks() -> Peaks:
@@ -250,14 +251,16 @@ def measure_peaks() -> Peaks:
 
 
 def _best_seconds(candidates: Mapping[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], float]:
-    """The least seconds of a call, of rounds taken in turn; the first round is not counted."""
+    """The least seconds of a call, of rounds taken in turn, two calls each."""
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in candidates}
-    for _ in range(_ROUNDS + 1):
+    for _ in range(_ROUNDS):
         for key, work in candidates.items():
-            start = time.perf_counter()
-            work()
-            seconds[key].append(time.perf_counter() - start)
-    return {key: min(values[1:]) for key, values in seconds.items()}
+            time.sleep(_REST_S)
+            for _ in range(2):
+                start = time.perf_counter()
+                work()
+                seconds[key].append(time.perf_counter() - start)
+    return {key: min(values) for key, values in seconds.items()}
 
 
 def _backends(probe: onnx.ModelProto) -> Iterator[tuple[str, Backend]]:
