@@ -17,6 +17,7 @@ import typer
 
 from thoraxrt.benchmarks.bench import BenchResult
 from thoraxrt.benchmarks.receipt import Receipt
+from thoraxrt.benchmarks.serving_compared import OURS
 from thoraxrt.engine.errors import RequestError
 
 __all__ = ["TABLES", "filled", "main"]
@@ -87,8 +88,9 @@ def _overlap(data: bytes) -> Rows:
 
 def _serving(data: bytes) -> Rows:
     yield (
-        *("what runs", "in process, images/s", "served, best, images/s", "of in process", "added to a lone call, ms"),
-        *("80 % load, p50 / p99, ms", "answered in time at 300 % load, of capacity", "refused, p99, ms"),
+        *("what runs", "in process, images/s", "served, best, images/s", "of in process"),
+        *("added to a lone call (bare gRPC), ms", "p99 at 80 % load (a bare queue; evenly), x unloaded"),
+        *("answered in time at 300 % load, of capacity", "refused, p99, ms"),
     )
     for row in _results(data):
         refused = row["refused_p99_ms"]
@@ -97,11 +99,27 @@ def _serving(data: bytes) -> Rows:
             f"{row['in_process_per_s']:.1f}",
             f"{max(row['served_per_s'].values()):.1f}",
             f"{100 * row['ratio']:.0f} %",
-            f"{row['added_ms']:.1f}",
-            f"{row['steady_p50_ms']:.0f} / {row['steady_p99_ms']:.0f}",
+            f"{row['added_ms']:.1f} ({row['bare_ms']:.1f})",
+            f"{row['steady_p99']:.1f} ({row['queue_p99']:.1f}; {row['even_p99']:.1f})",
             f"{100 * row['goodput']:.0f} %",
             "none" if refused is None else f"{refused:.0f}",
         )
+
+
+def _serving_peers(data: bytes) -> Rows:
+    yield "server", "requests at a time", "images/s", "p99, ms", "thoraxrt to it: rate", "p99"
+    rows: list[dict[str, Any]] = msgspec.json.decode(data)["peers"]
+    ours = {row["concurrency"]: row for row in rows if row["name"] == OURS}
+    for row in rows:
+        if "failed" in row:
+            yield row["name"], "", "", "", row["failed"], ""
+            continue
+        figures = (str(row["concurrency"]), f"{row['per_s']:.1f}", f"{row['p99_ms']:.0f}")
+        if row["name"] == OURS:
+            yield row["name"], *figures, "", ""
+        else:
+            p99 = ours[row["concurrency"]]["p99_ms"] / row["p99_ms"]
+            yield row["name"], *figures, f"{row['thoraxrt_to_it']:.2f} x", f"{p99:.2f} x"
 
 
 def _scenarios(data: bytes) -> Rows:
@@ -156,6 +174,7 @@ TABLES: Final[Mapping[str, Callable[[bytes], Rows]]] = {
     "precisions": _precisions,
     "overlap": _overlap,
     "serving": _serving,
+    "serving-peers": _serving_peers,
     "bench-scenarios": _scenarios,
     "bench-peers": _peers,
     "bench-floors": _floors,

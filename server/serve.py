@@ -40,8 +40,9 @@ __all__ = ["HOST", "PORT", "OneModel", "ServeOptions", "ServedModels", "listenin
 HOST: Final = "127.0.0.1"
 PORT: Final = 8500
 
-_AHEAD_BYTES: Final = 256 * 1024
-"""What is taken of a call's body before the call has been admitted; see grpc's flow control."""
+_AHEAD_BYTES: Final = 512 * 1024
+"""What is taken of a call's body before the call has been admitted (see grpc's flow control): most PNGs whole, without a
+round trip to ask for the rest."""
 
 _CALLS_PER_CONNECTION: Final = 1024
 

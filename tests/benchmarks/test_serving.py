@@ -41,22 +41,22 @@ def test_throughput_latency_and_overload(bundle: Bundle, monkeypatch: pytest.Mon
     with Load() as load, Served(bundle.path, EngineOptions(backend="onnxruntime")) as server:
         with Engine.open(bundle, backend="onnxruntime") as engine:
             cost = serving.served_and_in_process(engine, server.address, load, files, rounds=1, images=8)
-        held = serving.open_loop(server, load, files, capacity=20.0, seconds=2.0)
+        held = serving.open_loop(server, load, files, seconds=1.0, rounds=2)
         refused = load.closed(Target(server.address, serving.PREDICT), [b"\xff"], 1, 3)
     assert cost["ratio"] == pytest.approx(max(cost["served_per_s"].values()) / cost["in_process_per_s"])
-    assert cost["added_ms"] == pytest.approx(cost["served_ms"] - cost["in_process_ms"])
+    assert cost["added_ms_interval"]["low"] <= cost["added_ms"] <= cost["added_ms_interval"]["high"]
     assert set(held["steady_statuses"]) == {"OK"}
     assert held["statuses"]["OK"] > 0
     assert held["memory_bytes"] > 50 * 2**20
     assert {answer.status for answer in refused} == {"INVALID_ARGUMENT"}
     assert cost["bare_ms"] > 0
-    assert held["queue_p99_ms"] >= 1000 / 20.0  # no image takes less than an image at capacity
+    assert held["queue_p99"] > 0
+    assert len(held["goodputs"]) == 2
     assert len(list(serving._rows("x", cost, held))) == 7
 
 
 def test_a_queue_takes_one_after_the_other() -> None:
-    assert serving._queue_p99([0.0] * 100, 0.5) == pytest.approx(0.5 * 99, rel=0.01)
-    assert serving._queue_p99([0.0, 1.0, 2.0], 0.5) == pytest.approx(0.5)
+    assert serving._queue([0.0, 0.0, 0.5, 3.0], 1.0) == [1.0, 2.0, 2.5, 1.0]
 
 
 def test_a_peer_is_compared_and_what_cannot_be_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
