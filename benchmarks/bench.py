@@ -6,9 +6,12 @@ compares two results nor their HTML.
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +25,7 @@ from rich.table import Table
 from thoraxrt.benchmarks.environment import Environment, environment
 from thoraxrt.benchmarks.peers import Peer, compare_peers
 from thoraxrt.benchmarks.roofline import Floor, Peaks, Work, floor, measure_peaks, work_from_bundle
+from thoraxrt.benchmarks.rounds import Rounds, interleaved
 from thoraxrt.benchmarks.scenarios import (
     SCENARIOS,
     Latencies,
@@ -60,6 +64,7 @@ __all__ = [
     "print_result",
     "read_result",
     "server_stages",
+    "whole_images",
 ]
 
 _PREDICT: Final = "/thoraxrt.v1.PredictionService/Predict"
@@ -68,6 +73,7 @@ _STAGES: Final = ("decode", "copy", "geometry", "network", "boxes", "back", "fin
 
 _IMAGES: Final = 64  # all of them decoded lie in memory
 _LEAST: Final = 8  # images of a mean
+_ROUNDS: Final = 25
 _DEADLINE_S: Final = 10.0  # of a request in an open loop
 _T = TypeVar("_T")
 
@@ -129,6 +135,7 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     `backend` and `precision` are what was executed. `images` files of `image_bytes` bytes in all were asked for in
     turn. `loadgen` is its version. `floors` are those of batch 1 and of the batch curve's sizes, from `work` and
     `peaks`, which are of CPUs; where there is none, `no_floor` says why. `peers` are empty where they were left out.
+    `turns` are whole images, timed round by round beside a yardstick, for `bench compare`; none where it was `quick`.
     """
 
     version: Literal[1] = 1
@@ -152,6 +159,7 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     floors: tuple[Floor, ...]
     no_floor: str | None
     peers: tuple[Peer, ...]
+    turns: dict[str, Rounds]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +247,7 @@ def bench(
         pictures = [picture.array[None] for picture in inputs(files, "network", opened.manifest)]  # type: ignore[union-attr]
         turn = [pictures[number % len(pictures)] for number in range(max(options.batch, len(pictures)))]
         peers = compare_peers(opened, turn, batch=1, checkpoint=checkpoint, track=track)
+    turns = {} if options.quick else whole_images(opened, ran, files, options, track)
     return BenchResult(
         environment=here,
         network=opened.manifest.network.name,
@@ -260,6 +269,7 @@ def bench(
         floors=floors,
         no_floor=no_floor,
         peers=peers,
+        turns=turns,
     )
 
 
@@ -402,6 +412,37 @@ def engine_stages(bundle: Bundle, ran: EngineOptions, files: Sequence[bytes], se
     return [*stages, _left("engine", "handing over", mean_ms, stages)]
 
 
+def whole_images(
+    bundle: Bundle, ran: EngineOptions, files: Sequence[bytes], options: BenchOptions, track: Track = no_progress
+) -> dict[str, Rounds]:
+    """Encoded files of every target, one at a time, and in process a batch at a time; by what is asked."""
+    with ExitStack() as opened:
+        works: dict[str, Callable[[], object]] = {}
+        if "engine" in options.targets:
+            engine = opened.enter_context(opened_engine(bundle, ran))
+            batch = [files[number % len(files)] for number in range(options.batch)]
+            several = opened.enter_context(opened_engine(bundle, ran, batch=options.batch))
+            works["engine, an image"] = _in_turn([partial(engine.predict_one, data) for data in files])
+            works[f"engine, {options.batch} images"] = lambda: _answered(several, batch)
+        if served := [name for name in options.targets if name != "engine"]:
+            server = opened.enter_context(Served(bundle.path, ran))
+            clients = opened.enter_context(Clients(server.address, len(bundle.manifest.labels)))
+            for name in served:
+                works[f"{name}, an image"] = _in_turn([clients.ask(name, data) for data in files])
+        return interleaved(works, _ROUNDS, track)
+
+
+def _in_turn(asks: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    turn = itertools.cycle(asks)
+    return lambda: next(turn)()
+
+
+def _answered(engine: Engine, files: Sequence[bytes]) -> None:
+    for answer in engine.predict(files):
+        if isinstance(answer, ThoraxrtError):
+            raise answer
+
+
 def server_stages(clients: Clients, files: Sequence[bytes], seconds: float) -> list[Stage]:
     """The stages of a thoraxrt.v1 server that nobody else asks, encoded files one at a time. Raises ServerError."""
     asks = [clients.ask("grpc", data) for data in files]
@@ -478,6 +519,10 @@ def print_result(result: BenchResult, console: Console) -> None:
     for curve in result.curves:
         console.print(_curve_table(curve))
     console.print(_stage_table(result))
+    for name, rounds in result.turns.items():
+        console.print(
+            f"{name}: {statistics.median(rounds.milliseconds):.1f} ms, the median of {len(rounds.milliseconds)}"
+        )
     for memory in result.memory:
         gpu = "" if memory.gpu_bytes is None else f", its GPU's {memory.gpu_bytes / 2**20:.0f} MiB"
         console.print(f"{memory.target}: peak memory {memory.peak_rss_bytes / 2**20:.0f} MiB{gpu}")

@@ -82,7 +82,7 @@ def compare(before: BenchResult, after: BenchResult, *, margin: float = MARGIN, 
     both = [name for name in figures if name in others]
     if not both:
         raise RequestError(
-            "the results have no figure in common that was timed in rounds; run thoraxrt bench with its peers"
+            "the results have no figure in common that was timed in rounds; run thoraxrt bench without --quick"
         )
     return Comparison(
         margin=margin,
@@ -93,7 +93,7 @@ def compare(before: BenchResult, after: BenchResult, *, margin: float = MARGIN, 
 
 
 def _figures(result: BenchResult) -> dict[str, Rounds]:
-    return {f"network alone, {peer.name}": peer.rounds for peer in result.peers if peer.rounds}
+    return result.turns | {f"network alone, {peer.name}": peer.rounds for peer in result.peers if peer.rounds}
 
 
 def _subject(result: BenchResult) -> dict[str, object]:

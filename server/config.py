@@ -99,7 +99,7 @@ class ModelsOptions(EngineOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodingOptions(WorkerLimits):
-    """Where untrusted files are decoded: by `workers` processes, by default one less than the CPUs.
+    """Where untrusted files are decoded: by `workers` processes, by default as many as there are CPUs.
 
     Without `processes`, by threads: a file that crashes a decoder then ends the server.
     """

@@ -48,7 +48,6 @@ _START_S: Final = 30.0  # for an interpreter and its imports, 0.3 to 1 s where t
 _ATTEMPTS: Final = 3  # to replace a worker, before it counts as impossible
 _BACKOFF_S: Final = 0.1  # after a failed start, doubled up to the longest
 _LONGEST_BACKOFF_S: Final = 5.0
-_NICE: Final = 5  # behind the engine and the event loop: decoding that falls behind is waited for, so it catches up
 
 # glibc's mallopt(3): else it gives the memory of each image back, and the next one's costs 1 ms of page faults.
 _KEEP_MEMORY: Final = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
@@ -92,7 +91,7 @@ class ProcessDecoder:
     worker is replaced at once, and files that were only waiting go to any worker. While none can be started, they get
     BackendUnavailableError.
 
-    `workers` is the number of processes, by default one less than the CPUs this process may use, at least 1; for
+    `workers` is the number of processes, by default as many as the CPUs that this process may use; for
     `keep_stored` see `decode`. `on_replaced` is called, in any thread, when a worker has ended. Returns when the first worker is ready. Raises ValueError where `workers` is below 1,
     BackendUnavailableError where no worker can be started; `submit` after `close` raises RuntimeError.
 
@@ -112,8 +111,10 @@ class ProcessDecoder:
         if sys.platform != "linux":
             raise BackendUnavailableError("decoding in processes needs Linux; on this system decode in threads")
         if workers is not None and workers < 1:
-            raise ValueError(f"ProcessDecoder workers is {workers}; expected at least 1, or None for the CPUs less one")
-        self.workers = workers or max(1, len(os.sched_getaffinity(0)) - 1)
+            raise ValueError(
+                f"ProcessDecoder workers is {workers}; expected at least 1, or None for as many as there are CPUs"
+            )
+        self.workers = workers or len(os.sched_getaffinity(0))
         self._limits = limits
         self._order = _Order(limits=limits, keep_stored=keep_stored, worker_limits=worker_limits)
         self._on_replaced = on_replaced
@@ -528,7 +529,6 @@ def _confine(limits: WorkerLimits) -> None:
     """From here on, nothing can be opened, imported, written or started, and no memory image is left behind."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group or unit: the server finishes what runs
         signal.signal(number, signal.SIG_IGN)
-    os.nice(_NICE)
     prctl = ctypes.CDLL(None).prctl  # what a kernel does not know, it refuses, and the rest still holds
     for option, value in (
         (_PR_SET_PDEATHSIG, signal.SIGKILL),

@@ -94,7 +94,7 @@ def result(**figures: Rounds) -> BenchResult:
     return BenchResult(
         environment=HERE, network="n", bundle_sha256="b" * 64, backend="onnxruntime", precision="fp32", batch=1, images=1,
         image_bytes=1, loadgen="6", seconds=1, quick=False, scenarios=(), curves=(), stages=(), memory=(), work=WORK,
-        peaks=None, floors=(), no_floor=None, peers=peers,
+        peaks=None, floors=(), no_floor=None, peers=peers, turns={},
     )  # fmt: skip
 
 

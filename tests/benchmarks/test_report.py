@@ -230,6 +230,7 @@ def bench_result() -> BenchResult:
         stages=(Stage(target="engine", stage="network", mean_ms=20.0, p50_ms=None, p99_ms=None, source="profile"),),
         memory=(Memory(target="engine", peak_rss_bytes=10**8, gpu_bytes=None),),
         work=work, peaks=peaks, floors=(floor(work, peaks, 1), floor(work, peaks, 4)), no_floor=None,
+        turns={},
         peers=(
             Peer(name="openvino fp32", batch=4, reason=None, agreement=None, rounds=None, speed_up=1.5,
                  interval=Interval(low=1.4, high=1.6)),

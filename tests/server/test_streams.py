@@ -157,7 +157,7 @@ def test_answers_come_as_they_are_there_or_in_order(gated_engine, gate, radiogra
 
 
 def test_a_stream_reads_no_more_than_it_may_have_in_flight(gated_engine, gate, radiograph, told):
-    image = radiograph(0, width=600, height=600, kind="PNG") + bytes(100_000)  # beyond what flow control lets wait
+    image = radiograph(0, width=600, height=600, kind="PNG") + bytes(400_000)  # beyond what flow control lets wait
     with running_server(gated_engine, telemetry=told) as port, stub_of(port) as stub:
         gate.shut()
         sent = Sent()
