@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format proto gpu-check clean
+.PHONY: demo test check format proto readme gpu-check clean
 
 demo: $(INSTALLED)  ## the main job on phantoms, from a checkpoint to a picture
 	$(BIN)/thoraxrt demo --out demo
@@ -12,11 +12,12 @@ demo: $(INSTALLED)  ## the main job on phantoms, from a checkpoint to a picture
 test: $(INSTALLED)  ## all tests but those that need a GPU
 	$(BIN)/pytest -m "not gpu"
 
-check: $(INSTALLED)  ## lint, format, types, layering
+check: $(INSTALLED)  ## lint, format, types, layering, README's tables
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m thoraxrt.benchmarks.readme --check
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -24,6 +25,9 @@ format: $(INSTALLED)
 
 proto: $(INSTALLED)  ## regenerate the wire contract's code
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. thoraxrt/proto/*/*.proto
+
+readme: $(INSTALLED)  ## README's tables from the result files that it names
+	$(BIN)/python -m thoraxrt.benchmarks.readme
 
 gpu-check:  ## what needs a GPU, tested and measured; PART=tests|speed|peers, IMAGES=a folder of radiographs; see benchmarks/gpu.py
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) \

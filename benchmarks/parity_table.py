@@ -11,7 +11,7 @@ from typing import Final
 
 from rich.console import RenderableType
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from thoraxrt.benchmarks.auroc import Estimate
 from thoraxrt.benchmarks.paired import Difference, Verdict
@@ -26,14 +26,16 @@ _MARKS: Final[dict[Verdict, str]] = {"non-inferior": "[green]=[/]", "inferior": 
 def render(receipt: Receipt) -> list[RenderableType]:
     """Tables and sentences, in the order in which they are read."""
     tables = [_candidates(receipt), _findings(receipt), *_localisation(receipt), _published(receipt)]
+    for table in tables:
+        for column in table.columns:
+            column.overflow = "fold"  # no digit is left out where the terminal is narrow
     return [*tables, "\n".join(_sentences(receipt))]
 
 
 def _candidates(receipt: Receipt) -> Table:
     data = receipt.data
     table = Table(
-        Column("what answered", overflow="fold"),
-        *("mean AUROC", "most lost", "= ! ?", "mean error", "99 %", "rank corr.", "changed side", ""),
+        *("what answered", "mean AUROC", "most lost", "= ! ?", "mean error", "99 %", "rank corr.", "changed side", ""),
         title=f"{escape(receipt.network or 'published predictions')}: {data.images} images of {data.patients} patients "
         f"({escape(data.folder)}, {data.split})",
         caption=f"= no loss of {receipt.margin:g} AUROC or more, ! worse than that allows, ? these images cannot tell; "
