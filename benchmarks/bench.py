@@ -512,13 +512,15 @@ def read_result(path: Path) -> BenchResult:
 
 def print_result(result: BenchResult, console: Console) -> None:
     """The result as tables."""
-    console.print(_scenario_table(result))
+    tables = [_scenario_table(result), *map(_curve_table, result.curves), _stage_table(result)]
+    for table in tables:
+        for column in table.columns:
+            column.overflow = "fold"  # no digit is left out where the terminal is narrow
+    console.print(tables[0])
     why = dict.fromkeys(f"{run.scenario}: {'; '.join(run.reasons)}" for run in result.scenarios if run.reasons)
     for line in why:
         console.print(f"INVALID {line}", markup=False)
-    for curve in result.curves:
-        console.print(_curve_table(curve))
-    console.print(_stage_table(result))
+    console.print(*tables[1:])
     for name, rounds in result.turns.items():
         console.print(
             f"{name}: {statistics.median(rounds.milliseconds):.1f} ms, the median of {len(rounds.milliseconds)}"
