@@ -360,7 +360,14 @@ class _Traffic:
         code = await call.code()
         self._report.calls["cancelled", code.name] += 1
         self._report.claim(
-            code in {_STATUS.OK, _STATUS.CANCELLED, _STATUS.RESOURCE_EXHAUSTED, _STATUS.UNAVAILABLE},
+            code
+            in {
+                _STATUS.OK,
+                _STATUS.CANCELLED,
+                _STATUS.RESOURCE_EXHAUSTED,
+                _STATUS.UNAVAILABLE,
+                _STATUS.INVALID_ARGUMENT,  # the worker that had the image was killed before the call was cancelled
+            },
             f"cancelled: {code}",
         )
 

@@ -16,7 +16,7 @@ from thoraxrt.engine.backends import NetworkOutput, available, open_backend
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Radiograph, ThreadDecoder, decode
 from thoraxrt.engine.engine import Engine, Prediction
-from thoraxrt.engine.errors import BackendError, BackendUnavailableError, ImageError, RequestError
+from thoraxrt.engine.errors import BackendError, BackendUnavailableError, ImageError, NotFiniteError, RequestError
 from thoraxrt.engine.execute import HostExecutor
 from thoraxrt.engine.overlay import heat, render_overlay
 from thoraxrt.engine.postprocess import Finding, Softmax, logistic
@@ -201,7 +201,7 @@ def test_values_that_are_not_finite_fail_their_image_alone(
     executor = HostExecutor(NotANumber(sample_bundle), sample_bundle.manifest)
     with Engine(sample_bundle, executor, ThreadDecoder(), batch=3) as engine:
         answers = list(engine.predict(radiographs[:3]))
-    assert [type(answer) for answer in answers] == [Prediction, BackendError, Prediction]
+    assert [type(answer) for answer in answers] == [Prediction, NotFiniteError, Prediction]
 
 
 def test_an_overlay_shows_boxes_and_heat(sample_bundle: Bundle, radiographs: list[Radiograph]) -> None:
