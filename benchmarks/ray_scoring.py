@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,7 @@ from ray.exceptions import RayError
 __all__ = ["ray_header", "score_on_ray"]
 
 _BLOCKS_EACH: Final = 8
+_EXECUTOR_S: Final = 10.0
 """Blocks an engine gets at least, where there are images enough, so that all end at about the same time."""
 
 
@@ -218,6 +220,9 @@ def _cluster() -> Iterator[None]:
     try:
         yield
     finally:
+        for thread in threading.enumerate():  # one that asks Ray for something after its end has it end the process
+            if thread.name.startswith("StreamingExecutor"):
+                thread.join(_EXECUTOR_S)
         ray.shutdown()
 
 
