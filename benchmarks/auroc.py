@@ -51,10 +51,11 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Estimate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An AUROC, or a difference of two, with three 95 % intervals; None where there is too little to say one.
 
-    `delong` takes images to be independent (DeLong, DeLong and Clarke-Pearson, Biometrics 44:837, 1988).
-    `clustered` takes patients to be (Obuchowski, Biometrics 53:567, 1997), with Student's quantile for few of them (see
-    `Placements.freedom`), and is `delong` where many have one image each. `bootstrap` is the percentile interval of resampled patients (Rutter, Acad Radiol 7:413, 2000). All three
-    have no width where positives and negatives are perfectly separated: an AUROC of 1 on few images is no certainty.
+    `delong` takes images to be independent (DeLong, DeLong and Clarke-Pearson, Biometrics 44:837, 1988). `clustered`
+    takes patients to be (Obuchowski, Biometrics 53:567, 1997), with Student's quantile for few of them (see
+    `Placements.freedom`), and is `delong` where many have one image each. `bootstrap` is the percentile interval of
+    resampled patients (Rutter, Acad Radiol 7:413, 2000). All three have no width where positives and negatives are
+    perfectly separated: an AUROC of 1 on few images is no certainty.
     """
 
     value: float

@@ -37,7 +37,14 @@ from thoraxrt.benchmarks.scenarios import (
     loadgen,
     run_scenario,
 )
-from thoraxrt.benchmarks.served import Served, engine_memory, opened_engine
+from thoraxrt.benchmarks.served import (
+    PREDICT,
+    Served,
+    answer_all,
+    engine_memory,
+    opened_engine,
+    predict_request,
+)
 from thoraxrt.benchmarks.serving_load import Answer, Arrivals, Load
 from thoraxrt.benchmarks.serving_load import Target as Address
 from thoraxrt.benchmarks.targets import INPUTS, Clients, EngineTarget, Input, TargetName, inputs
@@ -47,7 +54,6 @@ from thoraxrt.engine.errors import RequestError, ServerError, ThoraxrtError
 from thoraxrt.engine.execute import Picture
 from thoraxrt.engine.profile import Profile
 from thoraxrt.export import Track, no_progress
-from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.models import EngineOptions
 
 __all__ = [
@@ -67,7 +73,6 @@ __all__ = [
     "whole_images",
 ]
 
-_PREDICT: Final = "/thoraxrt.v1.PredictionService/Predict"
 _STAGES: Final = ("decode", "copy", "geometry", "network", "boxes", "back", "findings")
 """Of the engine's spans, those that follow one another; on a GPU others wait for these."""
 
@@ -326,7 +331,8 @@ def _count(options: BenchOptions) -> int:
 def batch_curve(engine: Engine, files: Sequence[bytes], sizes: Sequence[int], seconds: float) -> Curve:
     """Batches of decoded images, each waited for, the sizes in turn: a round that is not counted, and some that are.
 
-    `seconds` for each size, but at least one round; sizes beyond a GPU's largest bucket are left out. Raises ImageError for a file that cannot be decoded.
+    `seconds` for each size, but at least one round; sizes beyond a GPU's largest bucket are left out. Raises ImageError
+    for a file that cannot be decoded.
     """
     sizes = [size for size in sizes if not engine.buckets or size <= engine.buckets[-1]]
     pictures: list[Picture] = inputs(files, "decoded", engine.manifest)  # type: ignore[assignment]
@@ -367,8 +373,8 @@ def load_curve(
     What it reaches is measured before, with 8 requests in flight. A point takes `seconds`, or as long as it takes for
     some 8 requests to come. Raises ServerError where it then answers none.
     """
-    target = Address(address, _PREDICT)
-    requests = [pb.PredictRequest(image=data).SerializeToString() for data in files]
+    target = Address(address, PREDICT)
+    requests = [predict_request(data) for data in files]
     full = _point(0, load.closed(target, requests, 8, 2 * _LEAST))
     if not full.images_per_s:
         raise ServerError(f"{address} answers no request ({full.errors}); see the server's log")
@@ -423,7 +429,7 @@ def whole_images(
             batch = [files[number % len(files)] for number in range(options.batch)]
             several = opened.enter_context(opened_engine(bundle, ran, batch=options.batch))
             works["engine, an image"] = _in_turn([partial(engine.predict_one, data) for data in files])
-            works[f"engine, {options.batch} images"] = lambda: _answered(several, batch)
+            works[f"engine, {options.batch} images"] = lambda: answer_all(several, batch)
         if served := [name for name in options.targets if name != "engine"]:
             server = opened.enter_context(Served(bundle.path, ran))
             clients = opened.enter_context(Clients(server.address, len(bundle.manifest.labels)))
@@ -435,12 +441,6 @@ def whole_images(
 def _in_turn(asks: Sequence[Callable[[], object]]) -> Callable[[], object]:
     turn = itertools.cycle(asks)
     return lambda: next(turn)()
-
-
-def _answered(engine: Engine, files: Sequence[bytes]) -> None:
-    for answer in engine.predict(files):
-        if isinstance(answer, ThoraxrtError):
-            raise answer
 
 
 def server_stages(clients: Clients, files: Sequence[bytes], seconds: float) -> list[Stage]:

@@ -39,8 +39,8 @@ _FEWEST: Final = 8
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One figure in two results: the ratio of the second's time to the first's, each in yardsticks that ran beside it.
 
-    `interval` is the ratio's 99 % one. `verdict` is "slower" or "faster" where all of it lies beyond the margin, "same" where all of it lies
-    within, else "cannot tell".
+    `interval` is the ratio's 99 % one. `verdict` is "slower" or "faster" where all of it lies beyond the margin, "same"
+    where all of it lies within, else "cannot tell".
     """
 
     figure: str
@@ -136,8 +136,9 @@ def change(figure: str, before: Rounds, after: Rounds, margin: float = MARGIN) -
 
     The ratio is the Hodges-Lehmann estimate over all pairs of rounds of the two runs, on logarithms, its interval the
     one that the Mann-Whitney test inverts to (Hollander, Wolfe and Chicken, Nonparametric Statistical Methods, 3rd
-    edition, section 4.3, large-sample form), at 99 %. Where the yardstick's own medians differ by more than half,
-    the verdict is "cannot tell": repeat it when the machine is as busy as it was. Raises RequestError with fewer than 8 rounds, which give no such interval.
+    edition, section 4.3, large-sample form), at 99 %. Where the yardstick's own medians differ by more than half, the
+    verdict is "cannot tell": repeat it when the machine is as busy as it was. Raises RequestError with fewer than 8
+    rounds, which give no such interval.
     """
     ratios = np.sort(np.divide.outer(after.relative, before.relative).ravel())  # (rounds after x rounds before,)
     m, n = len(before.milliseconds), len(after.milliseconds)

@@ -80,9 +80,10 @@ def compare(candidate: Ranking, reference: Ranking, margin: float = MARGIN) -> C
 
     The verdict (Piaggio et al., JAMA 308:2594, 2012, figure 1) rests on t = (difference + margin) / standard error,
     with the standard error of Obuchowski 1997 and the degrees of freedom of `Placements.freedom`: the images of a
-    patient are not independent, which DeLong's test takes them to be. "non-inferior": a loss of the margin or more is refuted at 0.025, one-sided, after Holm (Scand J Stat
-    6:65, 1979) over the findings tested; "inferior": a loss of the margin or less is, in the same way; "cannot tell"
-    otherwise. So a difference can be certain and the verdict still "non-inferior": it is smaller than matters.
+    patient are not independent, which DeLong's test takes them to be. "non-inferior": a loss of the margin or more is
+    refuted at 0.025, one-sided, after Holm (Scand J Stat 6:65, 1979) over the findings tested; "inferior": a loss of
+    the margin or less is, in the same way; "cannot tell" otherwise. So a difference can be certain and the verdict
+    still "non-inferior": it is smaller than matters.
 
     A finding is tested where at least 20 patients have a positive image and 20 a negative one; below that the standard
     error is itself a guess, and the interval stands without a verdict. Scores equal to the reference's

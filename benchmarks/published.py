@@ -62,8 +62,8 @@ class LocalisationReference(msgspec.Struct, frozen=True, kw_only=True, forbid_un
 class DataSheet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What NIH's data sheet says of the data set.
 
-    `counts` are the images with each finding, in the order of LABELS, `no_finding` those with none; `co_occurrence[i][j]` those with both, and on its
-    diagonal those with that finding *alone*.
+    `counts` are the images with each finding, in the order of LABELS, `no_finding` those with none;
+    `co_occurrence[i][j]` those with both, and on its diagonal those with that finding *alone*.
     """
 
     source: str

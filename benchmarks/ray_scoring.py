@@ -86,7 +86,8 @@ def score_on_ray(
 
     Raises what an engine raises, BackendError where it fails say or the cluster breaks, BundleError where a machine has
     another bundle, BackendUnavailableError where there is no cluster or it has no such machine; what was written stays,
-    and a further call goes on from there. A worker that dies (its machine is lost, or out of memory) is started again, as often as it dies.
+    and a further call goes on from there. A worker that dies (its machine is lost, or out of memory) is started again,
+    as often as it dies.
     """
     todo = [item for item in items if item.image not in writer.done]
     if todo:

@@ -16,12 +16,14 @@ from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Decoder, ThreadDecoder
 from thoraxrt.engine.engine import Engine
+from thoraxrt.engine.errors import ThoraxrtError
 from thoraxrt.engine.profile import Profile
+from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.audit import AuditLog, AuditOptions
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.decoding import ProcessDecoder
@@ -29,7 +31,10 @@ from thoraxrt.server.models import EngineOptions, Models
 from thoraxrt.server.serve import ServeOptions, serve
 from thoraxrt.server.telemetry import Telemetry
 
-__all__ = ["Served", "engine_memory", "opened_engine"]
+__all__ = ["PREDICT", "Served", "answer_all", "engine_memory", "opened_engine", "predict_request"]
+
+PREDICT: Final = "/thoraxrt.v1.PredictionService/Predict"
+"""The method that answers an encoded image, for a load that knows bytes alone."""
 
 _SPAWN = multiprocessing.get_context("spawn")  # gRPC's threads do not survive a fork
 
@@ -37,8 +42,10 @@ _SPAWN = multiprocessing.get_context("spawn")  # gRPC's threads do not survive a
 class Served:
     """The server, from its first answer to the end of the block; `address` is where it listens.
 
-    `processes` decodes in worker processes, otherwise in threads; `audit` keeps a log. Example: `with Served(path, EngineOptions()) as server:`.
-    Raises RuntimeError where it cannot be started: it has said why on stderr.
+    `processes` decodes in worker processes, otherwise in threads; `audit` keeps a log. Raises RuntimeError where it
+    cannot be started: it has said why on stderr.
+
+    Example: `with Served(path, EngineOptions()) as server: ...`.
     """
 
     def __init__(
@@ -125,6 +132,18 @@ def _serve(
             announce=lambda line: connection.send(line.rpartition(" ")[2]),
         )
     connection.send((dict(telemetry.calls), dict(telemetry.codes)))
+
+
+def predict_request(image: bytes) -> bytes:
+    """What PREDICT takes, for an encoded image."""
+    return pb.PredictRequest(image=image).SerializeToString()
+
+
+def answer_all(engine: Engine, files: Sequence[bytes]) -> None:
+    """Have every file answered. Raises the first error among the answers."""
+    for answer in engine.predict(files):
+        if isinstance(answer, ThoraxrtError):
+            raise answer
 
 
 def engine_memory(path: Path, options: EngineOptions, batch: int, files: Sequence[bytes]) -> tuple[int, int | None]:

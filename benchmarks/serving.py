@@ -45,18 +45,14 @@ from rich.table import Table
 
 from thoraxrt.benchmarks.environment import environment
 from thoraxrt.benchmarks.rounds import median_interval
-from thoraxrt.benchmarks.served import Served
+from thoraxrt.benchmarks.served import PREDICT, Served, answer_all, predict_request
 from thoraxrt.benchmarks.serving_compared import CONCURRENCY, OURS, compared
 from thoraxrt.benchmarks.serving_load import Answer, Load, Target, due_times
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.engine import Engine, read_image
-from thoraxrt.engine.errors import ThoraxrtError
-from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.models import EngineOptions
 
 __all__ = ["main", "open_loop", "served_and_in_process"]
-
-PREDICT: Final = "/thoraxrt.v1.PredictionService/Predict"
 
 _IMAGES: Final = 64  # of a round
 _SINGLE: Final = 16  # of a round, one at a time
@@ -75,11 +71,11 @@ def served_and_in_process(
     gRPC right after each other: `in_process_ms`, `served_ms` and `bare_ms` are medians, `added_ms` the median difference
     with its 95 % interval, `added_ms_interval`.
     """
-    target, requests = Target(address, PREDICT), [_request(data) for data in files]
+    target, requests = Target(address, PREDICT), [predict_request(data) for data in files]
     turn = [files[number % len(files)] for number in range(images)]
     found: dict[str, list[float]] = {name: [] for name in ("inside", *map(str, CONCURRENCY))}
     for _ in range(rounds + 1):  # the first one is not counted: after it, everything has its memory
-        found["inside"].append(images / _seconds(lambda: _answered(engine, turn)))
+        found["inside"].append(images / _seconds(lambda: answer_all(engine, turn)))
         for concurrency in CONCURRENCY:
             found[str(concurrency)].append(_rate(load.closed(target, requests, concurrency, images)))
     inside, *served = (values[1:] for values in found.values())
@@ -106,7 +102,7 @@ def _one_at_a_time(
         calls: list[Any] = [channel.unary_unary(PREDICT) for channel in (ours, theirs)]
         for number in range(-_WARM, times):
             data = files[number % len(files)]
-            request = _request(data)
+            request = predict_request(data)
             works = [partial(engine.predict_one, data), *(partial(call, request) for call in calls)]
             if number % 2:  # neither always comes first
                 works[:2] = works[1::-1]
@@ -127,7 +123,7 @@ def open_loop(server: Served, load: Load, files: Sequence[bytes], seconds: float
     arrivals, and nothing besides. `growth_bytes` is how much more memory the server took at most in the last third of
     an overload than in the second.
     """
-    target, requests = Target(server.address, PREDICT), [_request(data) for data in files]
+    target, requests = Target(server.address, PREDICT), [predict_request(data) for data in files]
 
     def capacity() -> float:
         return _rate(load.closed(target, requests, 8, _IMAGES))
@@ -182,10 +178,6 @@ class _Found:
     goodput: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
     growth: list[int] = field(default_factory=list)
-
-
-def _request(data: bytes) -> bytes:
-    return pb.PredictRequest(image=data).SerializeToString()
 
 
 @contextmanager
@@ -244,12 +236,6 @@ def _sampled(read: Callable[[], int]) -> Iterator[list[int]]:
     finally:
         ended.set()
         thread.join()
-
-
-def _answered(engine: Engine, files: Sequence[bytes]) -> None:
-    for answer in engine.predict(files):
-        if isinstance(answer, ThoraxrtError):
-            raise answer
 
 
 def _seconds(work: Callable[[], object]) -> float:

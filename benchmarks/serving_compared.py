@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from thoraxrt.benchmarks import serving_peers
-from thoraxrt.benchmarks.served import Served
+from thoraxrt.benchmarks.served import PREDICT, Served, predict_request
 from thoraxrt.benchmarks.serving_load import Answer, Load, Target
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.proto.oip import open_inference_pb2 as oip
@@ -88,9 +88,9 @@ def _floats(raw: bytes) -> Sequence[float]:
 
 _OURS: Final = _Kind(
     OURS,
-    "/thoraxrt.v1.PredictionService/Predict",
+    PREDICT,
     "",
-    lambda image: pb.PredictRequest(image=image).SerializeToString(),
+    predict_request,
     _logits,
 )
 _PEERS: Final = (

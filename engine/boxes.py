@@ -192,8 +192,8 @@ def boxes_from_cam(
 ) -> list[Box]:
     """The boxes of one finding, best first: by score, then y, then x.
 
-    `cam` is float32 `(h, w)`; `bias` the finding's classifier bias, so that cam + bias is a
-    local logit, and `probability` makes it a score in 0..1. Extents are mapped through `geometry` and clipped to the source image.
+    `cam` is float32 `(h, w)`; `bias` the finding's classifier bias, so that cam + bias is a local logit, and
+    `probability` makes it a score in 0..1. Extents are mapped through `geometry` and clipped to the source image.
     """
     regions = regions_from_cam(cam, geometry.size, spec.threshold_of(finding), spec.min_area)
     return boxes_from_regions(

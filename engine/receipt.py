@@ -65,9 +65,10 @@ class _Receipt(msgspec.Struct):
 def read_receipt(bundle: Bundle) -> PassedParity | None:
     """What the receipt beside the bundle's files says; None where there is none.
 
-    A backend and precision passed where each verdict on them, through the engine or a server, is a pass, or where
-    they are the reference; none did where network inputs were not those of training. Raises BundleError where the receipt is damaged or of another manifest, SignatureError
-    where the bundle was opened with trusted keys and none of them signed it.
+    A backend and precision passed where each verdict on them, through the engine or a server, is a pass, or where they
+    are the reference; none did where network inputs were not those of training. Raises BundleError where the receipt is
+    damaged or of another manifest, SignatureError where the bundle was opened with trusted keys and none of them signed
+    it.
     """
     path = bundle.path / RECEIPT
     if not path.is_file():

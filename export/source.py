@@ -63,9 +63,10 @@ class Given:
 class Source:
     """A model ready to be exported.
 
-    `graph`: `image` uint8 `(batch, 1, S, S)` to float32 `logits` and `cam`; it is made when it is first asked for, since
-    who only wants the `reference` need not wait for it. `bias` float32 `(C,)`, the classifier's. `labels` None where nobody named the outputs. `assumed` names what neither the user nor
-    the file says, for which the CheXNet recipe stands.
+    `graph`: `image` uint8 `(batch, 1, S, S)` to float32 `logits` and `cam`; it is made when it is first asked for,
+    since who only wants the `reference` need not wait for it. `bias` float32 `(C,)`, the classifier's. `labels` None
+    where nobody named the outputs. `assumed` names what neither the user nor the file says, for which the CheXNet
+    recipe stands.
     """
 
     name: str

@@ -91,9 +91,10 @@ class ProcessDecoder:
     worker is replaced at once, and files that were only waiting go to any worker. While none can be started, they get
     BackendUnavailableError.
 
-    `workers` is the number of processes, by default as many as the CPUs that this process may use; for
-    `keep_stored` see `decode`. `on_replaced` is called, in any thread, when a worker has ended. Returns when the first worker is ready. Raises ValueError where `workers` is below 1,
-    BackendUnavailableError where no worker can be started; `submit` after `close` raises RuntimeError.
+    `workers` is the number of processes, by default as many as the CPUs that this process may use; for `keep_stored`
+    see `decode`. `on_replaced` is called, in any thread, when a worker has ended. Returns when the first worker is
+    ready. Raises ValueError where `workers` is below 1, BackendUnavailableError where no worker can be started;
+    `submit` after `close` raises RuntimeError.
 
     Example: `with ProcessDecoder() as decoder: radiograph = decoder.submit(data).result()`.
     """

@@ -67,7 +67,8 @@ class EngineOptions:
 
     With `trusted`, public keys or folders of them, a bundle must be signed by one of them. With `require_parity` its
     parity receipt must say that this backend passed at this precision, and nothing else may take over from a lost GPU.
-    Raises ValueError where `require_parity` and `fall_back` are both set. Example: `EngineOptions(device="cuda", fall_back=True)`.
+    Raises ValueError where `require_parity` and `fall_back` are both set. Example: `EngineOptions(device="cuda",
+    fall_back=True)`.
     """
 
     backend: str | None = None

@@ -328,3 +328,5 @@ async def _refreshed(models: ServedModels, hung_up: asyncio.Event) -> None:
             await models.refresh()
         except ThoraxrtError as error:
             _log.error("what was served before SIGHUP still is: %s", error)
+        except Exception:
+            _log.exception("a fault in looking at the models again; the next SIGHUP is heard all the same")

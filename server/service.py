@@ -28,7 +28,7 @@ from thoraxrt.engine.preprocess import PreprocessSpec
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import Priority, Ticket
-from thoraxrt.server.calls import status_from_exception, whole
+from thoraxrt.server.calls import deadline_of, status_from_exception, whole
 from thoraxrt.server.models import Loaded
 from thoraxrt.server.principal import ANONYMOUS, current_principal
 from thoraxrt.server.status import Status
@@ -101,7 +101,7 @@ class _Call:
     client: str
     peer: str
     deadline: float | None
-    """By `time.monotonic`: gRPC would tell the time that remains by the wall clock, which may be set meanwhile."""
+    """By `time.monotonic`, see `deadline_of`."""
 
     @classmethod
     def of(cls, method: str, context: _Context) -> _Call:
@@ -118,7 +118,7 @@ class _Call:
             order=_word(said, ORDER_KEY, _Order.REQUEST),
             client=client_of(context),
             peer=context.peer(),
-            deadline=None if (remaining := context.time_remaining()) is None else time.monotonic() + remaining,
+            deadline=deadline_of(context),
         )
 
     def time_remaining(self) -> float | None:

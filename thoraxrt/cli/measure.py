@@ -30,6 +30,8 @@ from thoraxrt.cli.app import (
 from thoraxrt.engine.errors import RequestError
 
 if TYPE_CHECKING:
+    import msgspec
+
     from thoraxrt.benchmarks.parity_gallery import Case
     from thoraxrt.benchmarks.receipt import Receipt
 
@@ -142,8 +144,6 @@ def parity(
 
     [bold]thoraxrt parity --predictions published.csv --data nih --json published.json[/]
     """
-    import msgspec
-
     from thoraxrt.benchmarks.candidates import candidates_from_text
     from thoraxrt.benchmarks.parity import ParityOptions, predictions_parity
     from thoraxrt.benchmarks.parity import parity as check
@@ -180,23 +180,29 @@ def parity(
     with connection.client(server) if server else nullcontext() as client:
         receipt = check(opened, data, replace(options, server=client), track)
     if write:
-        write_receipt(opened, msgspec.json.format(msgspec.json.encode(receipt)), key)
+        write_receipt(opened, _json(receipt), key)
     cases: Sequence[Case] = ()
     if html:
         cases = gallery(receipt, opened, {record.image: record for record in NihDataset.open(data)}, track)
     _finish(receipt, json_file, html, cases)
 
 
+def _json(result: msgspec.Struct) -> bytes:
+    """As it is written: indented, for who opens it."""
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(result))
+
+
 def _finish(receipt: Receipt, json_file: Path | None, html: Path | None, cases: Sequence[Case]) -> NoReturn:
     """Show and write what was found; exit status 1 where something failed."""
-    import msgspec
     from rich.console import Console
 
     from thoraxrt.benchmarks.parity_table import render
 
     Console().print(*render(receipt))
     if json_file:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(receipt)))
+        json_file.write_bytes(_json(receipt))
     if html:
         from thoraxrt.benchmarks.parity_report import parity_report
 
@@ -236,7 +242,10 @@ def bench_run(
     peers: Annotated[bool, typer.Option(help="Time the network in other runtimes too, in turn with ours.")] = True,
     checkpoint: Checkpoint = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Every part for a moment; too short for figures, and called INVALID.")
+        bool,
+        typer.Option(
+            "--quick", help="Every part for a moment, without peers; too short for figures, and called INVALID."
+        ),
     ] = False,
     json_file: Json = None,
     html: Html = None,
@@ -246,7 +255,6 @@ def bench_run(
     MLPerf's LoadGen says whether a scenario is VALID. Latencies count from when a request was due. Exit status 1 where
     an answer was an error.
     """
-    import msgspec
     from rich.console import Console
 
     from thoraxrt.benchmarks.bench import BenchOptions, print_result
@@ -254,11 +262,11 @@ def bench_run(
     from thoraxrt.benchmarks.scenarios import LoadOptions
     from thoraxrt.benchmarks.targets import TargetName
 
+    names = tuple(one_of("--targets", name, TargetName) for name in items(targets))
     if quick:
-        options = BenchOptions.brief()
+        options = replace(BenchOptions.brief(), targets=names)
     else:
         load = LoadOptions(seconds=seconds, longest_s=max(40.0, seconds))
-        names = tuple(one_of("--targets", name, TargetName) for name in items(targets))
         options = BenchOptions(targets=names, load=load, batch=batch, peers=peers)
     result = measure(
         bundle,
@@ -272,11 +280,12 @@ def bench_run(
     )
     print_result(result, Console())
     if json_file:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+        json_file.write_bytes(_json(result))
     if html:
         from thoraxrt.benchmarks.bench_report import bench_report
 
         html.write_text(bench_report(result), encoding="utf-8")
+    raise typer.Exit(1 if any(run.errors for run in result.scenarios) else 0)
 
 
 @bench.command("compare")
