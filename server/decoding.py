@@ -199,8 +199,8 @@ class ProcessDecoder:
         if job is None:
             return False
         try:
-            if not worker.alive and not job.put_back:  # it died idle: that is not this file's doing
-                job.put_back = True
+            if not worker.alive and job.put_back < self.workers:  # it died idle, as all may: not this file's doing
+                job.put_back += 1
                 self._jobs.put(job)
             elif job.future.set_running_or_notify_cancel():
                 try:
@@ -256,7 +256,7 @@ class ProcessDecoder:
 class _Job:
     future: Future[Radiograph]
     data: bytes
-    put_back: bool = field(default=False, init=False)
+    put_back: int = field(default=0, init=False)
 
 
 # What is said over a worker's socket, a packet each: `_READY` once, then a `_REQUEST` and its reply in turn.

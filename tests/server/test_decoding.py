@@ -301,6 +301,18 @@ def test_a_worker_killed_idle_costs_nothing(others: set[int]) -> None:
         np.testing.assert_array_equal(decoder.submit(PNG).result(WAIT).values, GRAY)
 
 
+def test_all_workers_killed_idle_cost_nothing(others: set[int]) -> None:
+    slow = file_from(np.zeros((4000, 4000), np.uint8))
+    with ProcessDecoder(2) as decoder:
+        decoding = [decoder.submit(slow) for _ in range(8)]
+        until(lambda: sum(future.running() for future in decoding) == 2)  # so both workers are ready
+        assert all(future.result(WAIT).width == 4000 for future in decoding)
+        for pid in children() - others:
+            os.kill(pid, signal.SIGKILL)
+            until(lambda pid=pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        np.testing.assert_array_equal(decoder.submit(PNG).result(WAIT).values, GRAY)
+
+
 def test_a_worker_that_hangs_costs_this_image(others: set[int]) -> None:
     with ProcessDecoder(1, worker_limits=WorkerLimits(seconds=0.3)) as decoder:
         os.kill(first := only_worker(others), signal.SIGSTOP)
