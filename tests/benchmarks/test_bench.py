@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from thoraxrt.benchmarks import bench as module
 from thoraxrt.benchmarks.bench import (
     BenchOptions,
     BenchResult,
@@ -27,6 +29,7 @@ from thoraxrt.benchmarks.scenarios import LoadOptions, run_scenario
 from thoraxrt.benchmarks.served import Served
 from thoraxrt.benchmarks.serving_load import Load, due_times
 from thoraxrt.benchmarks.targets import INPUTS, Clients, EngineTarget, Input, TargetName, inputs
+from thoraxrt.cli import app
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import decode
 from thoraxrt.engine.engine import Engine
@@ -240,3 +243,18 @@ def test_options_that_make_no_sense_are_refused(sample_bundle: Bundle) -> None:
             BenchOptions(**wrong)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="no images"):
         bench(sample_bundle.path, [])
+
+
+def test_the_command_measures_writes_and_says_where_an_answer_failed(
+    result: BenchResult, sample_bundle: Bundle, files: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, written = tmp_path / "a.png", tmp_path / "bench.json"
+    image.write_bytes(files[0])
+    said = ["bench", str(sample_bundle.path), str(tmp_path), "--backend", "onnxruntime", "--json", str(written)]
+    run = CliRunner().invoke(app, [*said, "--quick", "--targets", "engine"])
+    assert run.exit_code == 0, run.output
+    assert {scenario.target for scenario in read_result(written).scenarios} == {"engine"}
+    first, *others = result.scenarios
+    failed = msgspec.structs.replace(first, errors={"ImageFormatError": 1})
+    monkeypatch.setattr(module, "bench", lambda *_, **__: msgspec.structs.replace(result, scenarios=(failed, *others)))
+    assert CliRunner().invoke(app, [*said, "--quick"]).exit_code == 1

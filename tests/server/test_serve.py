@@ -42,7 +42,10 @@ print("stopped")
 
 REFUSING = """from thoraxrt.engine.errors import BundleError
     class Refusing(OneModel):
+        faults = iter([ZeroDivisionError()])
         async def refresh(self):
+            for fault in self.faults:
+                raise fault
             raise BundleError("a damaged bundle")
     serve(Refusing"""
 
@@ -207,6 +210,10 @@ def test_a_hangup_looks_at_the_models_again(tiny_bundle, radiograph):
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             address = process.stdout.readline().split()[3]
+            process.send_signal(signal.SIGHUP)
+            assert process.stderr.readline().startswith("a fault in looking at the models again; the next SIGHUP is")
+            while process.stderr.readline() != "ZeroDivisionError\n":
+                pass  # where it happened
             process.send_signal(signal.SIGHUP)
             assert process.stderr.readline() == "what was served before SIGHUP still is: a damaged bundle\n"
             with Client(address) as client:
