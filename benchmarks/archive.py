@@ -26,7 +26,7 @@ from thoraxrt.benchmarks.scoring import (
     server_header,
 )
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.engine.engine import image_files
+from thoraxrt.engine.engine import image_files, listed_images
 from thoraxrt.engine.errors import DatasetError, RequestError
 from thoraxrt.export import Track, no_progress
 from thoraxrt.server.client import Client
@@ -34,6 +34,7 @@ from thoraxrt.server.client import Client
 __all__ = ["Summary", "items_in", "score_archive"]
 
 _COLUMN = "path"
+_EXPECTED = f"expected a path per line, in UTF-8, or a folder of radiographs, or a Parquet file with a column {_COLUMN}"
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,7 +115,10 @@ def items_in(source: Path) -> Sequence[Item]:
         names: Iterable[str] = (str(path.relative_to(source)) for path in image_files(source))
         folder = source
     else:
-        names, folder = (_column(source) if source.suffix == ".parquet" else _lines(source)), source.parent
+        names, folder = (
+            (_column(source) if source.suffix == ".parquet" else listed_images(source, _EXPECTED)),
+            source.parent,
+        )
     items = _Items(list(dict.fromkeys(names)), folder)
     if not items:
         raise DatasetError(
@@ -144,19 +148,6 @@ class _Items(Sequence[Item]):
         # A file's name may be no text, and a column of text takes none that is not.
         shown = os.fsencode(name).decode(errors="backslashreplace")
         return Item(index=index, image=shown, path=self._folder / name)
-
-
-def _lines(source: Path) -> list[str]:
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise DatasetError(f"{source} is no text; expected a path per line, in UTF-8") from None
-    except OSError as error:
-        raise DatasetError(
-            f"{source} cannot be read ({error.strerror}); expected a folder of radiographs, a text file that lists some, "
-            f"or a Parquet file with a column {_COLUMN}: check the path"
-        ) from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _column(source: Path) -> list[str]:

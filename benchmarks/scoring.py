@@ -266,7 +266,7 @@ def _located(
     return boxes_from_cam(
         prediction.cam[index],
         finding=finding,
-        bias=float(model.network.bias[index] + (model.activation.log_odds(logits) - logits)[index]),
+        bias=float(model.activation.local_biases(model.network.bias, logits)[index]),
         spec=model.boxes,
         geometry=model.preprocess.geometry(prediction.width, prediction.height),
         probability=partial(model.activation.probability, index=index),

@@ -23,7 +23,14 @@ import numpy.typing as npt
 from thoraxrt.engine.boxes import Box, boxes_from_regions, sort_boxes
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import Decoder, Radiograph, ThreadDecoder
-from thoraxrt.engine.errors import BackendError, ImageError, ImageFormatError, RequestError, ThoraxrtError
+from thoraxrt.engine.errors import (
+    BackendError,
+    DatasetError,
+    ImageError,
+    ImageFormatError,
+    RequestError,
+    ThoraxrtError,
+)
 from thoraxrt.engine.execute import (
     DeviceMemory,
     DeviceRadiograph,
@@ -38,7 +45,7 @@ from thoraxrt.engine.execute import (
 from thoraxrt.engine.postprocess import Finding, findings_from_logits, thresholds
 from thoraxrt.engine.profile import Profile, span
 
-__all__ = ["Batch", "Engine", "Prediction", "Source", "image_files", "read_image"]
+__all__ = ["Batch", "Engine", "Prediction", "Source", "image_files", "listed_images", "read_image"]
 
 Source = bytes | str | Path | Picture
 """An image: encoded bytes, a file's path, or a radiograph already decoded, in host memory or in a GPU's."""
@@ -221,8 +228,7 @@ class Engine:
         if not output.regions:
             return ()
         manifest = self.manifest
-        # From a finding's logit to its log-odds, the others' logits held: zero but for softmax.
-        biases = manifest.network.bias + (manifest.activation.log_odds(output.logits) - output.logits)
+        biases = manifest.activation.local_biases(manifest.network.bias, output.logits)
         geometry = geometry_of(picture, manifest.preprocess)
         boxes = [
             box
@@ -319,6 +325,22 @@ class Batch:
 def image_files(folder: Path) -> list[Path]:
     """The PNG, JPEG and DICOM files in a folder and those below it, by their suffix, sorted."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".dcm"))
+
+
+def listed_images(file: Path, expected: str) -> list[str]:
+    """The paths that a text file names, one per line, as they stand there; they start at the file's own folder.
+
+    Raises DatasetError, with what was `expected` in the file's place, where it cannot be read or is no text.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DatasetError(f"{file} cannot be read ({error.strerror}); {expected}") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{file} is no text; {expected}") from error
+    if "\0" in text:
+        raise DatasetError(f"{file} is no text; {expected}")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_image(path: Path) -> bytes:

@@ -46,6 +46,13 @@ class _Activation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """The log-odds of a probability above 0 and below 1, rounded to float32."""
         return np.float32(math.log(probability) - math.log1p(-probability))
 
+    def local_biases(self, bias: Sequence[float], logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """What makes a CAM's value the log-odds there, an image's other logits held: float64 `(C,)`.
+
+        `bias` is the classifier's `(C,)`, `logits` the image's `(C,)`. Beyond the bias it is zero but for softmax.
+        """
+        return np.asarray(np.asarray(bias) + (self.log_odds(logits) - logits))
+
     def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Float32 logits `(..., C)` to probabilities, float64 `(..., C)` in 0..1."""
         rows = self.log_odds(logits).reshape(-1, logits.shape[-1])  # (N, C)

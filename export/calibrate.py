@@ -28,7 +28,7 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 
 from thoraxrt.engine.bundle import MANIFEST
 from thoraxrt.engine.decode import decode
-from thoraxrt.engine.engine import image_files, read_image
+from thoraxrt.engine.engine import image_files, listed_images, read_image
 from thoraxrt.engine.errors import CheckpointError, DatasetError, ImageError
 from thoraxrt.engine.preprocess import PreprocessSpec, network_input
 from thoraxrt.export import Track, no_progress
@@ -190,19 +190,11 @@ def _split(candidates: list[_Candidate], *ends: float) -> list[list[_Candidate]]
 
 
 def _listed(path: Path) -> list[Path]:
-    """The images that a text file names, a path per line."""
-    remedy = (
+    """The images that a text file names."""
+    expected = (
         "expected a folder of radiographs, in the NIH layout or not, or a text file that lists some: check --calibrate"
     )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is no text; {remedy}") from error
-    if "\0" in text:
-        raise DatasetError(f"{path} is no text; {remedy}")
-    return [path.parent / line.strip() for line in text.splitlines() if line.strip()]
+    return [path.parent / name for name in listed_images(path, expected)]
 
 
 def _image_bytes(image: Path, named_by: Path) -> bytes:
