@@ -36,6 +36,9 @@ _WEIGHT: Final = 0.2
 _SHARE_WEIGHT: Final = 0.05
 """Of the latest image in the learned share of routine ones."""
 
+_ENOUGH: Final = 1.03
+"""A batch pays where an image in it takes at most so many times what one takes in the best batch."""
+
 _SLACK: Final = 2.0
 """A batch's learned time is not believed where it is so many times what other sizes say; see `_Times`."""
 
@@ -56,8 +59,8 @@ def _usable_cpus() -> int:
 class BatchingOptions:
     """What bounds one model's queue.
 
-    `max_batch` images go to the network at once; an engine that has batch sizes of its own (a GPU's plan) goes by
-    those. `buckets` are the batch sizes that it runs at, ascending up to
+    At most `max_batch` images go to the network at once, fewer where more gain nothing; an engine that has batch sizes
+    of its own (a GPU's plan) goes by those. `buckets` are the batch sizes that it runs at, ascending up to
     `max_batch`, where a batch in between costs what the next larger costs (a GPU); empty where every size has its
     own cost (a CPU). While the engine is busy, a decoded image waits at most `max_delay_s` for a full batch before
     it may be started ahead (only an engine that takes batches ahead makes use of it). At most `max_images` are in
@@ -279,21 +282,22 @@ class Batcher(Generic[T]):
                 max(unanswered + stat + len(self._decoded[Priority.STAT]), math.ceil(unanswered / self._routine_share)),
             )
         decode = times.decode_s * max(1.0, undecoded / self.options.workers)
-        last = times.of(min(unanswered, self.options.max_batch))
+        last = times.of(self._batch_size(unanswered))
         return max(decode + last, times.decode_s + self._network_s(unanswered, now))
 
     def _network_s(self, images: int, now: float) -> float:
-        """Seconds until the network has run what is in flight and `images` more in full batches."""
+        """Seconds until the network has run what is in flight and `images` more, in batches of the size that pays."""
         seconds = 0.0
         if self._running:
             first = self._running[0]
             # A batch that is overdue by some time is taken to need as much again.
             seconds = abs(first.began + first.expected - now)
             seconds += sum(running.expected for running in itertools.islice(self._running, 1, None))
-        full, rest = divmod(images, self.options.max_batch)
+        size = self._batch_size(self.options.max_batch if self._running else images)
+        full, rest = divmod(images, size)
         if self._running and rest:
             full, rest = full + 1, 0  # those who come meanwhile fill it up
-        return seconds + full * self.times.of(self.options.max_batch) + self.times.of(rest)
+        return seconds + full * self.times.of(size) + self.times.of(rest)
 
     def _seconds_until_answered(self, images: int, now: float) -> float:
         """Seconds until so many of those in the server have been answered."""
@@ -381,13 +385,13 @@ class Batcher(Generic[T]):
             oldest = min(job.decode_ended for jobs in self._decoded.values() for job in jobs)
             if now < oldest + self.options.max_delay_s:
                 return []
-        late = now + self.times.of(min(ready, self.options.max_batch))
+        late = now + self.times.of(self._batch_size(ready))
         doomed = [job for jobs in self._decoded.values() for job in jobs if job.ticket.deadline <= late]
         if len(doomed) < ready:  # else one bad time would be believed for ever
             for job in doomed:
                 self._lapse(job)
             ready -= len(doomed)
-        size = self._batch_size(min(ready, self.options.max_batch))
+        size = self._batch_size(ready)
         # In the order in which they came, not in which they were decoded.
         stat, routine = (
             sorted(self._decoded[p], key=lambda job: job.number, reverse=True)
@@ -404,9 +408,14 @@ class Batcher(Generic[T]):
         return batch
 
     def _batch_size(self, ready: int) -> int:
-        """All that is ready, or the largest bucket that it fills, whichever gives more images a second."""
-        lower = max(size for size in self.options.sizes if size <= ready)
-        return ready if ready * self.times.of(lower) >= lower * self.times.of(ready) else lower
+        """The smallest batch that gives about as many images a second as the best: a larger one delays its first.
+
+        It fills its bucket, or is all that is ready, which it is too where nothing is known.
+        """
+        ready = min(ready, self.options.max_batch)
+        per_image = {n: self.times.of(n) / n for n in (*(n for n in self.options.sizes if n < ready), ready)}
+        enough = _ENOUGH * min(per_image.values())
+        return min(n for n, seconds in per_image.items() if seconds <= enough) if enough else ready
 
     def batch_done(self) -> None:
         """The oldest batch has left the engine, its images are answered."""

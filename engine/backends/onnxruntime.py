@@ -48,6 +48,8 @@ class OnnxRuntimeBackend:
         runtime = _import()
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors only: warnings would reach the user's terminal
+        # Idle threads would spin for milliseconds, on the CPUs that decoding needs; older versions ignore it.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "200")
         try:
             self._session: ort.InferenceSession | None = runtime.InferenceSession(
                 graph, options, providers=["CPUExecutionProvider"]

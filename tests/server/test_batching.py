@@ -241,7 +241,8 @@ def test_a_batch_is_started_ahead_once_it_is_full_or_has_waited():
     ("times", "taken"),
     [
         ({1: 1.0, 2: 1.0, 4: 1.1, 8: 1.2}, "abcde"),  # a GPU: 8 cost little more than 4
-        ({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}, "abcd"),  # 5 cost 8
+        ({1: 1.0, 2: 1.8, 4: 3.2, 8: 6.4}, "abcd"),  # 5 cost 8
+        ({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}, "a"),  # nothing is gained by waiting for others
         ({}, "abcde"),
     ],
 )
@@ -251,6 +252,32 @@ def test_what_fills_no_bucket_goes_where_it_costs_least(times, taken):
         hands.policy.times.learn_batch(size, seconds)
     hands.ready("abcde")
     assert hands.batch() == taken
+
+
+@pytest.mark.parametrize(
+    ("per_image", "taken"),
+    [
+        ((1.0, 0.926, 0.94, 0.95, 0.96, 0.97, 0.97, 0.97), "ab"),  # DenseNet-121 on two CPUs
+        ((1.0, 0.9, 0.8, 0.7, 0.62, 0.61, 0.6, 0.6), "abcdef"),  # six are within 3 % of eight
+        ((1.02, 1.1, 1.2, 1.1, 1.1, 1.1, 1.0, 1.1), "a"),  # as good as the best, and no wait
+    ],
+)
+def test_a_batch_is_no_larger_than_pays(per_image, taken):
+    hands = Hands(max_batch=8, default_deadline_s=60)
+    for size, seconds in enumerate(per_image, 1):
+        hands.policy.times.learn_batch(size, size * seconds)
+    hands.ready("abcdefghij")
+    assert hands.batch() == taken
+
+
+def test_what_a_batch_of_the_size_that_pays_can_answer_is_not_late():
+    hands = Hands(max_batch=8, default_deadline_s=60)
+    hands.enter("a", deadline_s=3)
+    hands.ready("bcdefgh")
+    for size in range(1, 9):
+        hands.policy.times.learn_batch(size, size + (size == 1))  # all eight would take 8 s
+    assert hands.batch() == "ab"
+    assert hands.policy.expired() == []
 
 
 def test_stat_goes_first_at_both_stages_and_routine_has_its_turn():
