@@ -8,7 +8,8 @@
 was changed, taken out or put in shows (`verify`). The chain has no secret: who may write the file can make a whole new
 one, and cutting off its end leaves a chain. So its last hash goes to the server's own log at the start, at each change
 of files and at the end: keep that elsewhere, and give it to `verify`. An answer that failed has `error`, its name, in
-place of what was found. There are no images in here, no names or identifiers of patients.
+place of what was found. Who loaded or unloaded a model stands here too, with the model's `name` in place of the sha256
+and of what was found. There are no images in here, no names or identifiers of patients.
 
 A line is one write to the end of the file. A process that is killed loses nothing that it wrote. Where the machine
 itself stops, with `sync_ms` 0 nothing is lost either, because the answer waits for the disk; otherwise up to `sync_ms`
@@ -131,8 +132,9 @@ class AuditLog:
     async def record(
         self,
         method: str,
-        outcome: Prediction | ThoraxrtError | str,
+        outcome: Prediction | ThoraxrtError | str | None,
         *,
+        name: str | None = None,
         model_sha256: str | None = None,
         input_sha256: str | None = None,
         peer: str | None = None,
@@ -140,7 +142,8 @@ class AuditLog:
         """Record one answer of the caller in `current_principal`, and return when it is written as `sync_ms` promises.
 
         `outcome` is the prediction, or the error, or an error's name. A call with several images has a line for each.
-        `peer` is gRPC's. Raises AuditError where it cannot be written and `on_failure` is "refuse": do not answer.
+        Of a model that is loaded or unloaded, `name` is its own, and the outcome None where that succeeded. `peer` is
+        gRPC's. Raises AuditError where it cannot be written and `on_failure` is "refuse": do not answer.
         """
         principal = current_principal.get()
         fields = {
@@ -148,6 +151,7 @@ class AuditLog:
             "via": principal.via,
             "peer": peer.rpartition(":")[0] if peer and self._options.peer else None,  # ipv4:192.0.2.1:50000
             "method": method,
+            "name": name,
             "model": model_sha256,
             "input": input_sha256,
             **_outcome(outcome),
@@ -436,7 +440,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _outcome(outcome: Prediction | ThoraxrtError | str) -> dict[str, Any]:
+def _outcome(outcome: Prediction | ThoraxrtError | str | None) -> dict[str, Any]:
+    if outcome is None:
+        return {}
     if not isinstance(outcome, Prediction):
         return {"error": outcome if isinstance(outcome, str) else type(outcome).__name__}
     return {

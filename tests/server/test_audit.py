@@ -106,6 +106,21 @@ def test_a_line_says_who_what_and_what_was_found(path: Path) -> None:
     assert path.stat().st_mode & 0o007 == 0
 
 
+def test_a_line_says_who_loaded_a_model(path: Path) -> None:
+    async def call() -> None:
+        current_principal.set(Principal("ops", frozenset({"admin"}), "oidc"))
+        await audit.record("RepositoryModelLoad", None, name="chexnet")
+        await audit.record("RepositoryModelUnload", "ModelNotFoundError", name="chexnet")
+
+    with AuditLog(AuditOptions(path=path)) as audit:
+        asyncio.run(call())
+    chain = {"n", "time", "prev"}
+    loaded, failed = ({key: line[key] for key in line.keys() - chain} for line in lines(path)[1:])
+    assert loaded == {"who": "ops", "via": "oidc", "method": "RepositoryModelLoad", "name": "chexnet"}
+    assert failed == loaded | {"method": "RepositoryModelUnload", "error": "ModelNotFoundError"}
+    assert verify(path).last == 3
+
+
 def test_no_address_unless_asked_for(path: Path) -> None:
     with AuditLog(AuditOptions(path=path)) as audit:
         asyncio.run(audit.record("Predict", PREDICTION, peer="ipv4:192.0.2.1:50000"))
