@@ -117,8 +117,9 @@ class NihDataset:
     def open(cls, folder: str | os.PathLike[str]) -> NihDataset:
         """Read the lists of `folder` and look for its images.
 
-        Expects `Data_Entry_2017_v2020.csv` (or the older `Data_Entry_2017.csv`), `BBox_List_2017.csv`,
-        `train_val_list.txt` and `test_list.txt`; images where `image_files` looks. Images may be absent.
+        Expects `Data_Entry_2017_v2020.csv` (or the older `Data_Entry_2017.csv`), `train_val_list.txt` and
+        `test_list.txt`; images where `image_files` looks. Images may be absent, and `BBox_List_2017.csv`: without
+        boxes.
 
         Raises DatasetError where a list is missing, malformed or at odds with the others.
         """
@@ -207,9 +208,11 @@ def image_files(folder: Path) -> Iterator[tuple[Path, str]]:
 def boxes_in(folder: Path) -> dict[str, tuple[NihBox, ...]]:
     """The boxes of `BBox_List_2017.csv` by image, in the file's order; its Infiltrate is the labels' Infiltration.
 
-    Raises DatasetError where the file is missing or malformed.
+    None where there is no such file. Raises DatasetError where it is malformed.
     """
     file = folder / _BOXES
+    if not file.exists():
+        return {}
     boxes: dict[str, tuple[NihBox, ...]] = {}
     rows = _rows(file)
     next(rows, None)  # the header: six columns, or nine, for `Bbox [x,y,w,h]` is not quoted
@@ -312,5 +315,5 @@ def _text(file: Path) -> str:
     except OSError as error:
         raise DatasetError(
             f"{file} cannot be read ({error.strerror}); expected a folder in the NIH layout, with {_ENTRIES[0]} or "
-            f"{_ENTRIES[1]}, {_BOXES}, {', '.join(_LISTS.values())} and images/: check the path"
+            f"{_ENTRIES[1]}, {', '.join(_LISTS.values())} and images/: check the path"
         ) from error

@@ -135,11 +135,17 @@ def test_the_newer_entry_file_is_preferred(folder: Path) -> None:
     assert len(NihDataset.open(folder)) == 1
 
 
-@pytest.mark.parametrize("name", ["Data_Entry_2017.csv", "BBox_List_2017.csv", "train_val_list.txt", "test_list.txt"])
+@pytest.mark.parametrize("name", ["Data_Entry_2017.csv", "train_val_list.txt", "test_list.txt"])
 def test_a_missing_list_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(DatasetError, match=rf"{name} cannot be read.*expected a folder in the NIH layout.*check"):
         NihDataset.open(folder)
+
+
+def test_a_folder_of_ones_own_needs_no_boxes(folder: Path) -> None:
+    (folder / "BBox_List_2017.csv").unlink()
+    assert len(NihDataset.open(folder)) == 4
+    assert not NihDataset.open(folder).boxed()
 
 
 def test_no_folder(tmp_path: Path) -> None:
