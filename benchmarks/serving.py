@@ -28,7 +28,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,6 +58,7 @@ _IMAGES: Final = 64  # of a round
 _SINGLE: Final = 16  # of a round, one at a time
 _WARM: Final = 4
 _DEADLINE_S: Final = 2.0  # of a request under overload
+_SAMPLE_S: Final = 0.25  # from one look at the memory to the next
 _ANSWER: Final = b"x" * 1500  # about as many bytes as a prediction has
 
 
@@ -118,9 +119,14 @@ def open_loop(server: Served, load: Load, files: Sequence[bytes], seconds: float
     """Requests as they come, at 80 % and at 300 % of capacity, for `seconds` each in every round.
 
     Capacity is what the server answers with 8 in flight, right before; for `goodput`, what is answered in time under
-    overload to capacity, right before and right after. Requests come at random (Poisson), at 80 % also evenly. Times are
-    multiples of the round's unloaded median; `queue_p99` is of a queue that takes 1 / capacity for each of the same
-    arrivals, and nothing besides. `growth_bytes` is how much more memory the server took at most in the last third of
+    overload to capacity, right before and right after. Requests come at random (Poisson), at 80 % also evenly.
+
+    Percentiles under steady load are a round's, in multiples of its own unloaded median, measured right before:
+    `steady_p50`, `steady_p99`, `even_p99` and `queue_p99` are their medians over the rounds, so that one in which the
+    machine got slower does not decide them, and `steady_p50s` and so on hold every round's. `queue_p99` is of a queue
+    that takes 1 / capacity for each of the same arrivals, and nothing besides.
+
+    `growth_bytes` is how much more memory the server took at most in the last third of
     an overload than in the second.
     """
     target, requests = Target(server.address, PREDICT), [predict_request(data) for data in files]
@@ -131,14 +137,19 @@ def open_loop(server: Served, load: Load, files: Sequence[bytes], seconds: float
     found = _Found()
     for _ in range(rounds):
         before = capacity()
-        unloaded = _median(load.closed(target, requests, 1, _SINGLE))
+        unloaded = statistics.median(_latencies(load.closed(target, requests, 1, _SINGLE)))
         found.unloaded.append(unloaded)
         steady = load.open(target, requests, 0.8 * before, seconds, 60.0)
         found.statuses.update(answer.status for answer in steady)
-        found.steady += [answer.latency_s / unloaded for answer in steady]
-        found.queue += [s / unloaded for s in _queue(due_times("poisson", 0.8 * before, seconds), 1 / before)]
         even = load.open(target, requests, 0.8 * before, seconds, 60.0, "even")
-        found.even += [answer.latency_s / unloaded for answer in even]
+        queued = _queue(due_times("poisson", 0.8 * before, seconds), 1 / before)
+        for name, percent, latencies in (
+            ("steady_p50", 50, _latencies(steady)),
+            ("steady_p99", 99, _latencies(steady)),
+            ("even_p99", 99, _latencies(even)),
+            ("queue_p99", 99, queued),
+        ):
+            found.ratios.setdefault(name, []).append(_percentile(latencies, percent) / unloaded)
         with _sampled(server.resident_bytes) as memory:
             flood = load.open(target, requests, 3 * before, seconds, _DEADLINE_S)
         found.flood += flood
@@ -147,13 +158,11 @@ def open_loop(server: Served, load: Load, files: Sequence[bytes], seconds: float
         found.memory.append(max(memory))
         in_time = [a for a in flood if a.status == "OK" and seconds / 4 <= a.due_s + a.latency_s < seconds]
         found.goodput.append(len(in_time) / (0.75 * seconds) / ((before + capacity()) / 2))
-    refused = [answer.latency_s for answer in found.flood if answer.status == "RESOURCE_EXHAUSTED"]
+    refused = _latencies(answer for answer in found.flood if answer.status == "RESOURCE_EXHAUSTED")
     return {
         "unloaded_ms": 1000 * statistics.median(found.unloaded),
-        "steady_p50": _percentile(found.steady, 50),
-        "steady_p99": _percentile(found.steady, 99),
-        "queue_p99": _percentile(found.queue, 99),
-        "even_p99": _percentile(found.even, 99),
+        **{name: statistics.median(ratios) for name, ratios in found.ratios.items()},
+        **{f"{name}s": ratios for name, ratios in found.ratios.items()},
         "steady_statuses": dict(found.statuses),
         "goodput": statistics.median(found.goodput),
         "goodputs": found.goodput,
@@ -170,9 +179,7 @@ class _Found:
     """What the rounds of `open_loop` have given so far."""
 
     unloaded: list[float] = field(default_factory=list)
-    steady: list[float] = field(default_factory=list)
-    queue: list[float] = field(default_factory=list)
-    even: list[float] = field(default_factory=list)
+    ratios: dict[str, list[float]] = field(default_factory=dict)
     statuses: Counter[str] = field(default_factory=Counter)
     flood: list[Answer] = field(default_factory=list)
     goodput: list[float] = field(default_factory=list)
@@ -222,11 +229,11 @@ def _queue(due: Sequence[float], service_s: float) -> list[float]:
 
 @contextmanager
 def _sampled(read: Callable[[], int]) -> Iterator[list[int]]:
-    """What it reads four times a second, while the block runs."""
+    """What it reads again and again, while the block runs."""
     samples, ended = [read()], threading.Event()
 
     def sample() -> None:
-        while not ended.wait(0.25):
+        while not ended.wait(_SAMPLE_S):
             samples.append(read())
 
     thread = threading.Thread(target=sample)
@@ -251,8 +258,8 @@ def _rate(answers: Sequence[Answer]) -> float:
     return len(answers) / max(answer.due_s + answer.latency_s for answer in answers)
 
 
-def _median(answers: Sequence[Answer]) -> float:
-    return statistics.median(answer.latency_s for answer in answers)
+def _latencies(answers: Iterable[Answer]) -> list[float]:
+    return [answer.latency_s for answer in answers]
 
 
 def _percentile(values: Sequence[float], percent: float) -> float:
@@ -279,11 +286,17 @@ def _rows(name: str, cost: dict[str, Any], held: dict[str, Any]) -> Iterator[tup
     yield (
         name,
         f"80% load, at random: p50 {held['steady_p50']:.1f} x the unloaded {held['unloaded_ms']:.1f} ms, p99",
-        f"{held['steady_p99']:.1f} x, of a bare queue {held['queue_p99']:.1f} x",
+        f"{held['steady_p99']:.1f} x ({_each(held['steady_p99s'])}), of a bare queue {held['queue_p99']:.1f} x",
         "<= 3 x",
         held["steady_p99"] <= 3,
     )
-    yield name, "80% load, evenly: p99", f"{held['even_p99']:.1f} x", "<= 3 x", held["even_p99"] <= 3
+    yield (
+        name,
+        "80% load, evenly: p99",
+        f"{held['even_p99']:.1f} x ({_each(held['even_p99s'])})",
+        "<= 3 x",
+        held["even_p99"] <= 3,
+    )
     yield (
         name,
         "300% load: answered in time, of capacity",
@@ -307,6 +320,11 @@ def _rows(name: str, cost: dict[str, Any], held: dict[str, Any]) -> Iterator[tup
         ("<= 2%"),
         growth <= 0.02,
     )
+
+
+def _each(ratios: Sequence[float]) -> str:
+    """Of the rounds."""
+    return " / ".join(f"{ratio:.1f}" for ratio in ratios)
 
 
 def _between(interval: dict[str, float] | None) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -15,7 +17,7 @@ from PIL import Image
 from tests.server.conftest import tiny_graph, write_bundle
 from thoraxrt.benchmarks import serving, serving_compared
 from thoraxrt.benchmarks.served import Served
-from thoraxrt.benchmarks.serving_load import Load, Target
+from thoraxrt.benchmarks.serving_load import Answer, Load, Target
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.engine import Engine
 from thoraxrt.export.phantoms import phantom
@@ -50,9 +52,36 @@ def test_throughput_latency_and_overload(bundle: Bundle, monkeypatch: pytest.Mon
     assert held["memory_bytes"] > 50 * 2**20
     assert {answer.status for answer in refused} == {"INVALID_ARGUMENT"}
     assert cost["bare_ms"] > 0
-    assert held["queue_p99"] > 0
+    for name in ("steady_p50", "steady_p99", "even_p99", "queue_p99"):
+        assert held[name] == pytest.approx(sum(held[f"{name}s"]) / 2)
+        assert min(held[f"{name}s"]) > 0
     assert len(held["goodputs"]) == 2
     assert len(list(serving._rows("x", cost, held))) == 7
+
+
+class Drifting:
+    """A load on a machine on which everything takes twice as long in the second round, and which stalls in the third."""
+
+    def __init__(self) -> None:
+        self._round = 0
+
+    def closed(self, target: object, requests: object, concurrency: int, count: int) -> list[Answer]:
+        self._round += concurrency == 1  # the unloaded median comes once in a round
+        took = 0.01 * (1 + (self._round == 2))
+        return [Answer(took * number / concurrency, took, "OK") for number in range(count)]
+
+    def open(self, *given: object) -> list[Answer]:
+        time.sleep(0.1)  # in which the memory is looked at
+        took = 0.013 * (1, 2, 20)[self._round - 1]
+        return [Answer(0.005 * number, took, "OK") for number in range(100)]
+
+
+def test_a_round_in_which_the_machine_is_slow_does_not_decide_the_percentiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_SAMPLE_S", 0.005)
+    server = SimpleNamespace(address="", resident_bytes=lambda: 1)
+    held = serving.open_loop(server, Drifting(), [b""], seconds=1.0, rounds=3)  # type: ignore[arg-type]
+    assert held["steady_p99s"] == pytest.approx([1.3, 1.3, 26])
+    assert held["steady_p50"] == held["steady_p99"] == held["even_p99"] == pytest.approx(1.3)
 
 
 def test_a_queue_takes_one_after_the_other() -> None:
