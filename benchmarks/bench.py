@@ -27,6 +27,8 @@ from thoraxrt.benchmarks.peers import Peer, compare_peers
 from thoraxrt.benchmarks.roofline import Floor, Peaks, Work, floor, measure_peaks, work_from_bundle
 from thoraxrt.benchmarks.rounds import Rounds, interleaved
 from thoraxrt.benchmarks.scenarios import (
+    PERCENTS,
+    RULES,
     SCENARIOS,
     Latencies,
     LoadOptions,
@@ -78,6 +80,8 @@ _STAGES: Final = ("decode", "copy", "geometry", "network", "boxes", "back", "fin
 
 _IMAGES: Final = 64  # all of them decoded lie in memory
 _LEAST: Final = 8  # images of a mean
+_MEDIAN_OF: Final = 6  # rounds of the batch curve at least: fewer give a median no interval
+_REQUESTS: Final = 48  # of a point of the load curve, on average: 36 give its 90th percentile an interval
 _ROUNDS: Final = 25
 _DEADLINE_S: Final = 10.0  # of a request in an open loop
 _T = TypeVar("_T")
@@ -173,7 +177,7 @@ class BenchOptions:
 
     `load` is each scenario's; `batch` the engine's largest batch. `batches` are the sizes of the batch curve; `shares`
     the load curve's, of what the server reaches with 8 requests in flight. Both curves take `load.seconds` for each
-    point. `peers` runs the network through other runtimes too.
+    point, and longer where that gives too few answers. `peers` runs the network through other runtimes too.
 
     Raises RequestError where a value makes no sense. Example: `BenchOptions(targets=("engine",))`.
     """
@@ -184,7 +188,6 @@ class BenchOptions:
     batch: int = 8
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    arrivals: tuple[Arrivals, ...] = ("poisson",)
     peers: bool = True
     quick: bool = False
 
@@ -192,7 +195,6 @@ class BenchOptions:
         for name, given, known in (
             ("targets", self.targets, tuple(INPUTS)),
             ("scenarios", self.scenarios, SCENARIOS),
-            ("arrivals", self.arrivals, ("poisson", "even")),
         ):
             if not set(given) <= set(known):
                 raise RequestError(f"{name} is {', '.join(given)}; expected some of {', '.join(known)}")
@@ -304,8 +306,7 @@ def _parts(
                         yield [run_scenario(asked, scenario, options.load)]
             if "grpc" in served:
                 with Load() as load:
-                    for arrivals in options.arrivals:
-                        yield [load_curve(load, server.address, files, options.shares, seconds, arrivals)]
+                    yield [load_curve(load, server.address, files, options.shares, seconds)]
                 yield server_stages(clients, files, seconds)
             peak = server.peak_resident_bytes()
             yield [Memory(target=name, peak_rss_bytes=peak, gpu_bytes=None) for name in served]
@@ -325,13 +326,13 @@ def _count(options: BenchOptions) -> int:
     """How many measurements `_parts` makes."""
     count = sum(len(_plan(name, options)) for name in options.targets)
     count += 3 * ("engine" in options.targets) + bool(set(options.targets) - {"engine"})
-    return count + (len(options.arrivals) + 1) * ("grpc" in options.targets)
+    return count + 2 * ("grpc" in options.targets)
 
 
 def batch_curve(engine: Engine, files: Sequence[bytes], sizes: Sequence[int], seconds: float) -> Curve:
     """Batches of decoded images, each waited for, the sizes in turn: a round that is not counted, and some that are.
 
-    `seconds` for each size, but at least one round; sizes beyond a GPU's largest bucket are left out. Raises ImageError
+    `seconds` for each size, but at least six rounds; sizes beyond a GPU's largest bucket are left out. Raises ImageError
     for a file that cannot be decoded.
     """
     sizes = [size for size in sizes if not engine.buckets or size <= engine.buckets[-1]]
@@ -341,8 +342,9 @@ def batch_curve(engine: Engine, files: Sequence[bytes], sizes: Sequence[int], se
     errors: dict[int, Counter[str]] = {size: Counter() for size in sizes}
     for size in sizes:
         engine.predict_batch(batches[size])
-    began = time.perf_counter()
-    while not any(ms.values()) or time.perf_counter() - began < seconds * len(sizes):
+    began, rounds = time.perf_counter(), 0
+    while rounds < _MEDIAN_OF or time.perf_counter() - began < seconds * len(sizes):
+        rounds += 1
         for size, batch in batches.items():
             start = time.perf_counter()
             answers = engine.predict_batch(batch)
@@ -365,13 +367,11 @@ def batch_curve(engine: Engine, files: Sequence[bytes], sizes: Sequence[int], se
     return Curve(over="batch", arrivals=None, target="engine", input="decoded", points=tuple(points))
 
 
-def load_curve(
-    load: Load, address: str, files: Sequence[bytes], shares: Sequence[float], seconds: float, arrivals: Arrivals
-) -> Curve:
-    """Requests to a thoraxrt.v1 server as they arrive, whatever is unanswered, at shares of what it reaches.
+def load_curve(load: Load, address: str, files: Sequence[bytes], shares: Sequence[float], seconds: float) -> Curve:
+    """Requests to a thoraxrt.v1 server as they arrive, at random, whatever is unanswered, at shares of what it reaches.
 
     What it reaches is measured before, with 8 requests in flight. A point takes `seconds`, or as long as it takes for
-    some 8 requests to come. Raises ServerError where it then answers none.
+    some 48 requests to come. Raises ServerError where it then answers none.
     """
     target = Address(address, PREDICT)
     requests = [predict_request(data) for data in files]
@@ -381,9 +381,9 @@ def load_curve(
     points = []
     for share in shares:
         rate = share * full.images_per_s
-        lasts = max(seconds, _LEAST / rate)
-        points.append(_point(rate, load.open(target, requests, rate, lasts, _DEADLINE_S, arrivals)))
-    return Curve(over="offered load", arrivals=arrivals, target="grpc", input="encoded", points=tuple(points))
+        lasts = max(seconds, _REQUESTS / rate)
+        points.append(_point(rate, load.open(target, requests, rate, lasts, _DEADLINE_S)))
+    return Curve(over="offered load", arrivals="poisson", target="grpc", input="encoded", points=tuple(points))
 
 
 def _point(rate: float, answers: Sequence[Answer]) -> Point:
@@ -534,38 +534,39 @@ def print_result(result: BenchResult, console: Console) -> None:
 def _scenario_table(result: BenchResult) -> Table:
     least = {floor_.batch: floor_ for floor_ in result.floors}.get(1)
     ceiling = f"; floor {least.milliseconds:.1f} ms an image ({least.bound}-bound)" if least else ""
+    shown = [p for p in PERCENTS if any(run.latency and run.latency.at(p) for run in result.scenarios)]
     table = Table(
-        *("target", "input", "scenario", "LoadGen", "images", "images/s", "p50", "p90", "p95", "p99", "p99.9"),
+        *("target", "input", "scenario", "LoadGen", "judged by", "offered/s", "images/s", *(f"p{p:g}" for p in shown)),
         title=f"{result.network}, {result.backend} {result.precision}, {result.environment}{ceiling}",
-        caption="latencies of a query in ms from when it was due, with 95 % intervals where there are enough",
+        caption="latencies of a query in ms from when it was due, with 95 % intervals; none that takes more queries. "
+        + RULES,
     )
     for run in result.scenarios:
         table.add_row(
-            *(run.target, run.input, run.scenario, run.verdict, str(run.images)),
-            "" if run.images_per_s is None else f"{run.images_per_s:.1f}",
-            *(_shown(percentile) for percentile in run.latency.percentiles if run.scenario != "Offline")
-            if run.latency
-            else (),
+            *(run.target, run.input, run.scenario, run.verdict, run.rule),
+            *("" if rate is None else f"{rate:.1f}" for rate in (run.offered_per_s, run.images_per_s)),
+            *(_said(run.latency.at(percent)) for percent in shown if run.latency),
         )
     return table
 
 
-def _shown(percentile: Percentile) -> str:
-    interval = percentile.interval_ms
-    return f"{percentile.ms:.1f}" + (f" ({interval.low:.1f} to {interval.high:.1f})" if interval else "")
+def _said(percentile: Percentile | None) -> str:
+    if percentile is None or percentile.interval_ms is None:
+        return ""
+    return f"{percentile.ms:.1f} ({percentile.interval_ms.low:.1f} to {percentile.interval_ms.high:.1f})"
 
 
 def _curve_table(curve: Curve) -> Table:
     offered = f" ({curve.arrivals} arrivals, images/s)" if curve.arrivals else ""
     table = Table(
-        *(curve.over, "images/s", "p50 ms", "p99 ms", "count", "errors"),
+        *(curve.over, "images/s", "p50 ms", "p90 ms", "count", "errors"),
         title=f"{curve.target}, {curve.input}: over the {curve.over}{offered}",
     )
     for point in curve.points:
-        at = {p.percent: f"{p.ms:.1f}" for p in point.latency.percentiles} if point.latency else {}
+        latency = [_said(point.latency.at(percent)) if point.latency else "" for percent in (50, 90)]
         count = str(point.latency.count) if point.latency else "0"
         errors = ", ".join(f"{status} {number}" for status, number in point.errors.items())
-        table.add_row(f"{point.load:.3g}", f"{point.images_per_s:.1f}", at.get(50, ""), at.get(99, ""), count, errors)
+        table.add_row(f"{point.load:.3g}", f"{point.images_per_s:.1f}", *latency, count, errors)
     return table
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from thoraxrt.benchmarks.bench import BenchResult, Curve, Point
+from thoraxrt.benchmarks.bench import BenchResult, Curve
 from thoraxrt.benchmarks.bench_figures import (
     Ratio,
     Roof,
@@ -23,7 +23,7 @@ from thoraxrt.benchmarks.bench_figures import (
 from thoraxrt.benchmarks.peers import REFERENCE, Peer
 from thoraxrt.benchmarks.report import DASH, Banner, Cell, Drawing, Panel, Table, estimate, number, render
 from thoraxrt.benchmarks.roofline import Floor
-from thoraxrt.benchmarks.scenarios import PERCENTS, Latencies, Percentile, ScenarioResult
+from thoraxrt.benchmarks.scenarios import PERCENTS, RULES, Latencies, Percentile, ScenarioResult
 
 __all__ = ["bench_report"]
 
@@ -93,13 +93,13 @@ def _headline(each: ScenarioResult) -> str:
     said = "" if each.verdict == "VALID" else ", INVALID"
     if each.images_per_s is None:
         return f"no figures{said}"
-    judged = _percentile(each.latency, each.percent)
-    latency = f", p{each.percent:g} {judged.ms:.1f} ms" if judged else ""
-    return f"{each.images_per_s:.1f} images/s{latency}{said}"
+    rate = f"{each.offered_per_s:.1f}/s offered" if each.offered_per_s else f"{each.images_per_s:.1f} images/s"
+    latency = f", p{each.percent:g} {_percentile(each.judged, '.1f').text} ms" if each.judged else ""
+    return f"{rate}{latency}{said}"
 
 
-def _percentile(latency: Latencies | None, percent: float | None) -> Percentile | None:
-    return next((each for each in latency.percentiles if each.percent == percent), None) if latency else None
+def _percentile(each: Percentile | None, form: str = ".2f") -> Cell:
+    return estimate(each.ms, each.interval_ms, form) if each else number(None)
 
 
 def _scenarios(scenarios: Sequence[ScenarioResult]) -> Table:
@@ -109,13 +109,14 @@ def _scenarios(scenarios: Sequence[ScenarioResult]) -> Table:
             "target",
             "input",
             "verdict",
+            "judged by",
+            "that, ms",
             "images/s",
             "queries",
             "images",
             "s",
             "offered/s",
-            "bound, ms",
-            "J/image",
+            "CPU packages, J/image",
         ),
         rows=[
             [
@@ -123,17 +124,18 @@ def _scenarios(scenarios: Sequence[ScenarioResult]) -> Table:
                 Cell(text=_TARGETS[each.target], css="text"),
                 Cell(text=_INPUTS[each.input], css="text"),
                 Cell(text=each.verdict, state="pass" if each.verdict == "VALID" else "fail", css="text"),
+                Cell(text=each.rule, css="text"),
+                _percentile(each.judged),
                 number(each.images_per_s, ".1f"),
                 number(each.queries, ",d"),
                 number(each.images, ",d"),
                 number(each.seconds, ".1f"),
                 number(each.offered_per_s, ".1f"),
-                number(each.bound_ms, ".0f"),
                 number(each.joules_per_image, ".2f"),
             ]
             for each in scenarios
         ],
-        caption="MLPerf Inference's scenarios, driven and judged by LoadGen. What it calls INVALID is no result.",
+        caption=f"MLPerf Inference's scenarios, driven and judged by LoadGen. What it calls INVALID is no result. {RULES}",
     )
 
 
@@ -187,7 +189,7 @@ def _percentiles(scenarios: Sequence[ScenarioResult]) -> Table | None:
             Cell(text=_name(each.target, each.input), css="text"),
             number(each.latency.count, ",d"),
             number(each.latency.mean_ms, ".2f"),
-            *(_percentile_cell(_percentile(each.latency, percent)) for percent in PERCENTS),
+            *(_percentile(each.latency.at(percent)) for percent in PERCENTS),
         ]
         for each in scenarios
         if each.latency
@@ -197,16 +199,8 @@ def _percentiles(scenarios: Sequence[ScenarioResult]) -> Table | None:
     return Table(
         head=("scenario", "target", "queries", "mean", *(f"p{percent:g}" for percent in PERCENTS)),
         rows=rows,
-        caption="Latency of a query in ms, with the 95 % interval by order statistics where there are queries enough for one.",
+        caption="Latency of a query in ms, with the 95 % interval by order statistics; none that takes more queries than that.",
     )
-
-
-def _percentile_cell(each: Percentile | None) -> Cell:
-    if each is None:
-        return number(None)
-    span = each.interval_ms
-    said = f" ({span.low:.2f} to {span.high:.2f})" if span else ""
-    return Cell(text=f"{each.ms:.2f}{said}", sort=each.ms)
 
 
 # --- curves and stages -----------------------------------------------------------------------------------
@@ -214,9 +208,13 @@ def _percentile_cell(each: Percentile | None) -> Cell:
 
 def _curves(curves: Sequence[Curve]) -> Drawing:
     panels: list[Panel] = []
-    for over, percent, title in (("batch", 50.0, "Over batch size"), ("offered load", 99.0, "Over offered load")):
+    for over, percent, title in (("batch", 50.0, "Over batch size"), ("offered load", 90.0, "Over offered load")):
         drawn = {
-            _curve(curve): [_throughput(point, over, percent) for point in curve.points if point.latency]
+            _curve(curve): [
+                Throughput(point.images_per_s, judged.ms, f"{point.load:.3g}" + ("" if over == "batch" else "/s"))
+                for point in curve.points
+                if point.latency and (judged := point.latency.at(percent))
+            ]
             for curve in curves
             if curve.over == over
         }
@@ -234,12 +232,6 @@ def _curve(curve: Curve) -> str:
     return _name(curve.target, curve.input) + (f", {curve.arrivals} arrivals" if curve.arrivals else "")
 
 
-def _throughput(point: Point, over: str, percent: float) -> Throughput:
-    judged = _percentile(point.latency, percent)
-    assert judged is not None  # PERCENTS has both
-    return Throughput(point.images_per_s, judged.ms, f"{point.load:.0f}" if over == "batch" else f"{point.load:.3g}/s")
-
-
 def _points(curves: Sequence[Curve]) -> Table | None:
     rows = [
         [
@@ -247,7 +239,7 @@ def _points(curves: Sequence[Curve]) -> Table | None:
             Cell(text=curve.over, css="text"),
             number(point.load, ".4g"),
             number(point.images_per_s, ".1f"),
-            *(_percentile_cell(_percentile(point.latency, percent)) for percent in (50.0, 99.0)),
+            *(_percentile(point.latency.at(percent) if point.latency else None) for percent in (50.0, 90.0, 99.0)),
             Cell(text=", ".join(f"{count} {status}" for status, count in point.errors.items()) or DASH, css="text"),
         ]
         for curve in curves
@@ -256,9 +248,9 @@ def _points(curves: Sequence[Curve]) -> Table | None:
     if not rows:
         return None
     return Table(
-        head=("target", "over", "load", "images/s", "median, ms", "p99, ms", "errors"),
+        head=("target", "over", "load", "images/s", "median, ms", "p90, ms", "p99, ms", "errors"),
         rows=rows,
-        caption="The curves' points. Load is a batch's images, or images offered a second.",
+        caption="The curves' points, with 95 % intervals. Load is a batch's images, or images offered a second.",
     )
 
 
@@ -306,7 +298,7 @@ def _peers(peers: Sequence[Peer]) -> Drawing:
     return Drawing(
         panels=[ratios_panel(f"Times as fast as {REFERENCE}", ratios)] if ratios else [],
         caption="The network alone through every runtime here, in turn in one process, round by round: medians of the rounds' "
-        "ratios with their 95 % intervals. Right of 1 is faster.",
+        "ratios with their 95 % intervals. Right of 1 is faster. Runtimes with their defaults, and PyTorch, run on the CPU.",
     )
 
 
@@ -331,7 +323,7 @@ def _peer_table(peers: Sequence[Peer]) -> Table | None:
 
 
 def _reached(result: BenchResult) -> list[tuple[Floor, float]]:
-    """Each floor with the images per second that the network alone reached at its batch size."""
+    """Each floor with the images per second that the engine reached at its batch size, from pixels to boxes."""
     points = [
         point
         for curve in result.curves
@@ -355,8 +347,8 @@ def _roofline(result: BenchResult) -> Drawing:
     runs = [Run(f"batch {floor.batch}", floor.intensity, floor.operations * rate) for floor, rate in reached]
     return Drawing(
         panels=[roofline_panel("Roofline", roofs, result.peaks.bytes_per_s, runs)],
-        caption="What the machine reached at best: the sloped line is its memory, the flat ones its arithmetic. A point's distance "
-        "to the line above it is what could still be won.",
+        caption="What the machine reached at best: the sloped line is its memory, the flat ones its arithmetic. A point is the "
+        "engine from decoded pixels to boxes, so that what its distance to the line above holds is not the network's alone.",
     )
 
 
@@ -365,7 +357,15 @@ def _floors(result: BenchResult) -> Table | None:
     if not result.floors:
         return None
     return Table(
-        head=("batch", "floor, ms/image", "bound by", "1e9 operations", "MB", "measured, ms/image", "share reached"),
+        head=(
+            "batch",
+            "floor, ms/image",
+            "bound by",
+            "1e9 operations",
+            "MB",
+            "pixels to boxes, ms/image",
+            "share reached",
+        ),
         rows=[
             [
                 Cell(text=str(floor.batch)),
@@ -378,7 +378,8 @@ def _floors(result: BenchResult) -> Table | None:
             ]
             for floor in result.floors
         ],
-        caption="The least time that the counted operations and bytes of one image take at this machine's measured peaks.",
+        caption="The least time that the counted operations and bytes of one image take at this machine's measured peaks, and "
+        "what the engine takes from decoded pixels to boxes, geometry included.",
     )
 
 

@@ -11,6 +11,7 @@ import importlib
 import math
 import queue
 import re
+import statistics
 import tempfile
 import threading
 import time
@@ -31,6 +32,7 @@ from thoraxrt.engine.errors import BackendUnavailableError, RequestError
 
 __all__ = [
     "PERCENTS",
+    "RULES",
     "SCENARIOS",
     "Latencies",
     "LoadOptions",
@@ -48,19 +50,32 @@ SCENARIOS: Final[tuple[Scenario, ...]] = get_args(Scenario)
 
 PERCENTS: Final = (50.0, 90.0, 95.0, 99.0, 99.9)
 
+RULES: Final = (
+    "VALID is LoadGen's word by the rule that stands beside it, which asks less than MLPerf's own (mlperf.conf): 600 s, "
+    "p99 in MultiStream and Server. Server's load is half of what the warm-up reached: its images/s are what was offered, "
+    "no capacity."
+)
+"""What a reader of verdicts must know."""
+
 _QUANTILES: Final = 201
 _STREAM_PERCENT: Final = 90.0
 """What SingleStream and MultiStream are judged by; MLPerf's is 99 for MultiStream, which takes 662 queries, not 64."""
 
 _SERVER_SHARE: Final = 0.5
-"""Of what the warm-up reached, where no load is named."""
+"""Of what the warm-up reached."""
+
+_WARM_QUERIES: Final = 5
+"""At least: the first is slower than the others, and so may be any other."""
 
 _EARLY_STOPPING: Final = 0.01
 """LoadGen's early stopping accepts so large a chance of being wrong about a percentile."""
 
 
 class Percentile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A latency's percentile in ms, and its 95 % interval from order statistics; None where there are too few for one."""
+    """A latency's percentile in ms, and its 95 % interval from order statistics.
+
+    Where there are too few for an interval it is None, and `ms`, of a tail the maximum, no percentile to show.
+    """
 
     percent: float
     ms: float
@@ -79,6 +94,10 @@ class Latencies(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     percentiles: tuple[Percentile, ...]
     quantiles_ms: tuple[float, ...]
 
+    def at(self, percent: float) -> Percentile | None:
+        """One of PERCENTS; None where there are too few queries for it: p50 takes 6, p90 36, p95 72, p99 368."""
+        return next((each for each in self.percentiles if each.percent == percent and each.interval_ms), None)
+
 
 class ScenarioResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One scenario on one target.
@@ -90,7 +109,7 @@ class ScenarioResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     are one query, and there is one latency.
 
     `percent` % of the latencies are what the scenario is judged by, None in Offline; `offered_per_s` is Server's load,
-    queries a second, `bound_ms` what its percentile must meet. `seconds` is the measured time, without the `warm_up`
+    queries a second, `bound_ms` what its percentile must meet: see RULES. `seconds` is the measured time, without the `warm_up`
     images before it. `joules_per_image` is of the machine's CPU packages, None where they do not say.
     """
 
@@ -113,6 +132,17 @@ class ScenarioResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     errors: dict[str, int]
     joules_per_image: float | None
 
+    @property
+    def rule(self) -> str:
+        """What it is judged by, in few words."""
+        bound = f" <= {self.bound_ms:g} ms" if self.bound_ms else ""
+        return "images/s" if self.percent is None else f"p{self.percent:g}{bound}"
+
+    @property
+    def judged(self) -> Percentile | None:
+        """The percentile that it is judged by; None in Offline, and where there are too few queries for it."""
+        return self.latency.at(self.percent) if self.latency and self.percent else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
@@ -120,8 +150,7 @@ class LoadOptions:
 
     At least `seconds`, and on until LoadGen's early-stopping rule has enough queries, but no query is issued after
     `longest_s`. MultiStream's queries hold `per_query` images (MLPerf: 8). In Server, `percent` % of the queries must
-    meet `bound_ms` (MLPerf's 99 % takes 662 queries, 95 % takes 130); `offered_per_s` is its load, by default half of
-    what the warm-up reached.
+    meet `bound_ms` (MLPerf's 99 % takes 662 queries, 95 % takes 130), at half of what the warm-up reached.
 
     Raises RequestError where a value makes no sense. Example: `LoadOptions(seconds=60, percent=99)`.
     """
@@ -131,16 +160,12 @@ class LoadOptions:
     per_query: int = 8
     percent: float = 95.0
     bound_ms: float = 1000.0
-    offered_per_s: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds <= self.longest_s < math.inf:
             raise RequestError(f"seconds is {self.seconds}; expected above 0 and at most longest_s, {self.longest_s}")
-        if self.per_query < 1 or self.bound_ms <= 0 or (self.offered_per_s is not None and self.offered_per_s <= 0):
-            raise RequestError(
-                f"per_query is {self.per_query}, bound_ms {self.bound_ms}, offered_per_s {self.offered_per_s}; "
-                "expected each above 0"
-            )
+        if self.per_query < 1 or self.bound_ms <= 0:
+            raise RequestError(f"per_query is {self.per_query}, bound_ms {self.bound_ms}; expected each above 0")
         if not 50 <= self.percent < 100:
             raise RequestError(f"percent is {self.percent}; expected 50 up to, not including, 100")
 
@@ -192,7 +217,7 @@ def run_scenario(target: Target, scenario: Scenario, options: LoadOptions) -> Sc
     module = loadgen()
     size = 1 if scenario == "SingleStream" else options.per_query
     warm = _warm_up(target, size, min(1.0, options.seconds))
-    offered = options.offered_per_s or _SERVER_SHARE * size / warm.query_s
+    offered = _SERVER_SHARE * size / warm.query_s
     errors, ran, joules = warm.errors, _NOT_RUN, None
     if not errors:
         before = _joules(_POWERCAP)
@@ -227,21 +252,21 @@ def run_scenario(target: Target, scenario: Scenario, options: LoadOptions) -> Sc
 
 class _Warm(NamedTuple):
     images: int
-    query_s: float  # of the last one
+    query_s: float  # their median
     errors: list[Exception]
 
 
 def _warm_up(target: Target, size: int, seconds: float) -> _Warm:
-    """Queries of `size` images, one after the other: at least two, and on until the time has passed or one failed."""
-    began, number, errors = time.perf_counter(), 0, list[Exception]()
+    """Queries of `size` images, one after the other: at least five, and on until the time has passed or one failed."""
+    began, seconds_each, errors = time.perf_counter(), list[float](), list[Exception]()
     answers = queue.SimpleQueue[Exception | None]()
     while True:
-        asked = time.perf_counter()
+        asked, number = time.perf_counter(), len(seconds_each)
         target.submit([(number * size + i) % target.count for i in range(size)], lambda _, error: answers.put(error))
         errors += [error for error in (answers.get() for _ in range(size)) if error is not None]
-        now, number = time.perf_counter(), number + 1
-        if errors or (number > 1 and now - began >= seconds):
-            return _Warm(number * size, now - asked, errors)
+        seconds_each.append((now := time.perf_counter()) - asked)
+        if errors or (len(seconds_each) >= _WARM_QUERIES and now - began >= seconds):
+            return _Warm(len(seconds_each) * size, statistics.median(seconds_each), errors)
 
 
 def _settings(module: Any, scenario: Scenario, options: LoadOptions, offered_per_s: float, query_s: float) -> Any:
@@ -336,7 +361,7 @@ class _Ran(NamedTuple):
 
 _NOT_RUN: Final = _Ran(False, (), "", np.empty(0), 0, 0.0)
 
-_RULES: Final = {
+_MISSED: Final = {
     "result_perf_constraints_met": "performance constraints not satisfied",
     "result_min_duration_met": "min duration not satisfied",
     "result_min_queries_met": "min queries not satisfied",
@@ -360,7 +385,7 @@ def _read_logs(folder: Path) -> _Ran:
     if len(latencies) != said["result_query_count"] or not latencies.all():
         raise RuntimeError(f"LoadGen's trace holds {len(latencies)} queries of {said['result_query_count']}")
     early_stopping = " ".join(said["early_stopping_result"].replace("*", "").split())
-    reasons = [words for key, words in _RULES.items() if said.get(key) is False]
+    reasons = [words for key, words in _MISSED.items() if said.get(key) is False]
     reasons += filter(None, [said.get("result_invalid_reason", "").strip()])
     if said["num_errors"]:
         reasons.append(f"LoadGen met {said['num_errors']} errors")

@@ -30,7 +30,7 @@ from thoraxrt.engine.errors import BackendUnavailableError, DeadlineError, Reque
 
 pytest.importorskip("mlperf_loadgen")
 
-BRIEF = LoadOptions(seconds=0.3, longest_s=5.0, per_query=3, offered_per_s=600.0)
+BRIEF = LoadOptions(seconds=0.3, longest_s=5.0, per_query=3)
 
 
 class Answering:
@@ -85,7 +85,13 @@ def test_each_scenario_is_run_and_judged(scenario: Scenario, quick: Answering) -
         assert (result.queries, result.percent) == (1, None)
     elif result.verdict == "VALID":
         assert result.early_stopping.startswith("Run successful" if scenario == "Server" else "Processed at least 64")
-    assert (result.offered_per_s, result.bound_ms) == ((600.0, 1000.0) if scenario == "Server" else (None, None))
+    assert (result.offered_per_s is None, result.bound_ms) == (
+        (False, 1000.0) if scenario == "Server" else (True, None)
+    )
+    rules = {"Server": "p95 <= 1000 ms", "Offline": "images/s"}
+    assert result.rule == rules.get(scenario, "p90")
+    assert result.judged == (latency.at(result.percent) if result.percent else None)
+    assert (result.judged is None) == (scenario == "Offline")
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -127,7 +133,7 @@ def _details(folder: Path) -> dict[str, Any]:
 
 def test_a_stall_shows_in_the_percentiles_of_what_was_due_meanwhile(tmp_path: Path) -> None:
     """Coordinated omission: a load that waits for its answers would show one slow query in hundreds."""
-    options = LoadOptions(seconds=1.5, longest_s=5.0, per_query=1, offered_per_s=200.0)
+    options = LoadOptions(seconds=1.5, longest_s=5.0, per_query=1)
     stalling = Answering(lambda before: time.sleep(0.5 if before == 1050 else 0.0002))
     while len(stalling.asked) < 1000:  # the stall comes 50 answers later, whatever the warm-up takes
         stalling.submit([0], lambda *_: None)
@@ -150,9 +156,17 @@ def test_a_run_that_is_too_short_is_invalid_and_says_why(quick: Answering) -> No
 
 
 def test_a_server_that_misses_its_bound_is_invalid(quick: Answering) -> None:
-    result = run_scenario(quick, "Server", LoadOptions(seconds=0.2, bound_ms=0.1, offered_per_s=500.0))
+    result = run_scenario(quick, "Server", LoadOptions(seconds=0.2, bound_ms=0.1))
     assert result.verdict == "INVALID"
     assert "performance constraints not satisfied" in result.reasons
+
+
+def test_the_load_does_not_rest_on_one_query_of_the_warm_up() -> None:
+    """Neither the first nor the last, which here takes so long that it is the last."""
+    slow = Answering(lambda before: time.sleep(0.5 if before in (0, 4) else 0.0002))
+    warm = scenarios._warm_up(slow, 1, 0.4)
+    assert (warm.images, warm.errors) == (5, [])
+    assert warm.query_s < 0.5
 
 
 @pytest.mark.parametrize("when", [0, 200])
@@ -190,7 +204,7 @@ def test_without_loadgen_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"seconds": 0}, {"seconds": 50}, {"per_query": 0}, {"bound_ms": 0}, {"percent": 100}, {"offered_per_s": 0}],
+    [{"seconds": 0}, {"seconds": 50}, {"per_query": 0}, {"bound_ms": 0}, {"percent": 100}],
 )
 def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="expected"):
@@ -217,6 +231,7 @@ def test_percentiles_are_observed_and_have_no_interval_where_there_are_too_few()
     assert found is not None
     assert [percentile.ms for percentile in found.percentiles] == [50, 90, 95, 99, 100]
     assert [percentile.interval_ms is None for percentile in found.percentiles] == [False, False, False, True, True]
+    assert [found.at(percent) for percent in scenarios.PERCENTS] == [*found.percentiles[:3], None, None]
     middle = found.percentiles[0].interval_ms
     assert middle is not None
     # The order statistics that scipy's binomial gives: P(40 <= B <= 60) of n = 100, p = 1/2.
@@ -227,6 +242,15 @@ def test_percentiles_are_observed_and_have_no_interval_where_there_are_too_few()
     alone = latencies_from_ms([3.0])
     assert alone is not None
     assert all(percentile.interval_ms is None for percentile in alone.percentiles)
+    assert alone.at(50) is None
+
+
+@pytest.mark.parametrize(("percent", "fewest"), [(50, 6), (90, 36), (95, 72), (99, 368)])
+def test_a_percentile_takes_as_many_queries_as_is_said(percent: float, fewest: int) -> None:
+    for count in (fewest - 1, fewest):
+        found = latencies_from_ms(np.arange(float(count)))
+        assert found is not None
+        assert (found.at(percent) is None) == (count < fewest)
 
 
 @pytest.fixture
