@@ -1,6 +1,7 @@
 """Timing on a machine that is shared: what is compared takes turns, round by round, beside a fixed piece of work.
 
-Owns the turns, and the yardstick by which one run's times are compared with another's. Knows nothing of what it times.
+Owns the turns, the yardstick by which one run's times are compared with another's, and what a change of time is called.
+Knows nothing of what it times.
 """
 
 from __future__ import annotations
@@ -8,17 +9,35 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal
 
 import msgspec
 import numpy as np
+from rich.table import Table
 from scipy.stats import quantile_test
 
 from thoraxrt.benchmarks.auroc import Interval
 from thoraxrt.export import Track, no_progress
 
-__all__ = ["Rounds", "interleaved", "median_interval", "speed_ups", "yardstick_ms"]
+__all__ = [
+    "MARGIN",
+    "Change",
+    "Rounds",
+    "Verdict",
+    "change_table",
+    "interleaved",
+    "mean_ms",
+    "median_interval",
+    "speed_ups",
+    "verdict_from_interval",
+    "yardstick_ms",
+]
+
+MARGIN: Final = 0.05
+"""How much slower, as a share, is not yet a regression."""
+
+Verdict = Literal["slower", "faster", "same", "cannot tell"]
 
 _TURN_S: Final = 0.2
 """So that a busy machine's time slices, some ms each, average out."""
@@ -53,17 +72,17 @@ def interleaved(
         for name, work in works.items():
             work()
             before = yardstick_ms()
-            times[name].append(_mean_ms(work))
+            times[name].append(mean_ms(work))
             yardsticks[name].append((before + yardstick_ms()) / 2)
     return {name: Rounds(milliseconds=tuple(times[name]), yardstick_ms=tuple(yardsticks[name])) for name in works}
 
 
 def yardstick_ms() -> float:
     """Milliseconds of a work that is nobody's who is compared: a numpy product of side 1,024 in FP32."""
-    return _mean_ms(lambda: _SQUARE @ _SQUARE)
+    return mean_ms(lambda: _SQUARE @ _SQUARE)
 
 
-def _mean_ms(work: Callable[[], object]) -> float:
+def mean_ms(work: Callable[[], object]) -> float:
     """Milliseconds of a call, on average over a turn, after a rest."""
     time.sleep(_REST_S)
     calls, start = 0, time.perf_counter()
@@ -78,11 +97,46 @@ def speed_ups(reference: Rounds, own: Rounds) -> tuple[float, ...]:
     return tuple(theirs / mine for theirs, mine in zip(reference.milliseconds, own.milliseconds, strict=True))
 
 
-def median_interval(values: tuple[float, ...]) -> tuple[float, Interval | None]:
-    """The median and its 95 % interval by order statistics, whatever the distribution; None for fewer than 6 values.
+def median_interval(values: tuple[float, ...], confidence: float = 0.95) -> tuple[float, Interval | None]:
+    """The median and its interval by order statistics, whatever the distribution.
 
-    Source: Conover, Practical Nonparametric Statistics, 3rd edition, section 3.2, as scipy computes it.
+    None for fewer values than give one: 6 at 95 %, 8 at 99 %. Source: Conover, Practical Nonparametric Statistics, 3rd
+    edition, section 3.2, as scipy computes it.
     """
-    found = quantile_test(values, p=0.5).confidence_interval(0.95)
+    found = quantile_test(values, p=0.5).confidence_interval(confidence)
     known = math.isfinite(found.low) and math.isfinite(found.high)
     return statistics.median(values), Interval(low=float(found.low), high=float(found.high)) if known else None
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One figure before and after: each one's median time, and the ratio of the later to the earlier.
+
+    `interval` is the ratio's 99 % one, `verdict` what follows from it, see `verdict_from_interval`.
+    """
+
+    figure: str
+    before_ms: float
+    after_ms: float
+    ratio: float
+    interval: Interval
+    verdict: Verdict
+
+
+def verdict_from_interval(interval: Interval, margin: float = MARGIN) -> Verdict:
+    """ "slower" or "faster" where all of a ratio's interval lies beyond the margin, "same" where all of it lies within."""
+    if interval.low > 1 + margin:
+        return "slower"
+    if interval.high < 1 / (1 + margin):
+        return "faster"
+    return "same" if 1 / (1 + margin) <= interval.low and interval.high <= 1 + margin else "cannot tell"
+
+
+def change_table(changes: Sequence[Change], title: str) -> Table:
+    """The changes, for a terminal."""
+    table = Table("figure", "before, ms", "after, ms", "ratio", "99 % interval", "", title=title)
+    for found in changes:
+        table.add_row(
+            *(found.figure, f"{found.before_ms:.2f}", f"{found.after_ms:.2f}", f"{found.ratio:.3f}"),
+            *(f"{found.interval.low:.3f} to {found.interval.high:.3f}", found.verdict),
+        )
+    return table

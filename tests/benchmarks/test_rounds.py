@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from thoraxrt.benchmarks import rounds as module
-from thoraxrt.benchmarks.rounds import Rounds, interleaved, median_interval, speed_ups
+from thoraxrt.benchmarks.auroc import Interval
+from thoraxrt.benchmarks.rounds import Rounds, interleaved, median_interval, speed_ups, verdict_from_interval
 
 
 def test_works_take_turns_and_each_stands_between_yardsticks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +48,25 @@ def test_the_medians_interval_is_the_narrowest_pair_of_order_statistics_that_hol
     else:
         assert interval is not None
         assert (interval.low, interval.high) == (ordered[outside], ordered[n - 1 - outside])
+
+
+def test_how_many_values_an_interval_needs() -> None:
+    for count, confidence in ((6, 0.95), (8, 0.99)):
+        values = tuple(map(float, range(count)))
+        assert median_interval(values, confidence)[1] == Interval(low=0, high=count - 1)
+        assert median_interval(values[1:], confidence)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (1.06, 1.2, "slower"),
+        (0.8, 0.94, "faster"),
+        (0.96, 1.04, "same"),
+        (1.04, 1.2, "cannot tell"),
+        (0.8, 0.96, "cannot tell"),
+        (0.5, 2.0, "cannot tell"),
+    ],
+)
+def test_a_verdict_is_of_the_whole_interval(low: float, high: float, verdict: str) -> None:
+    assert verdict_from_interval(Interval(low=low, high=high)) == verdict

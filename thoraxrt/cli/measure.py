@@ -306,7 +306,7 @@ def bench_compare(
     from thoraxrt.benchmarks.bench import read_result
     from thoraxrt.benchmarks.gate import compare, print_comparison
 
-    comparison = compare(read_result(before), read_result(after), margin=margin, anyway=anyway)
+    comparison = compare([read_result(before)], read_result(after), margin=margin, anyway=anyway)
     print_comparison(comparison, Console())
     raise typer.Exit(1 if comparison.regressed else 0)
 
