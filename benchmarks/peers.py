@@ -20,6 +20,7 @@ from torch import nn
 
 from thoraxrt.benchmarks.auroc import Interval
 from thoraxrt.benchmarks.gpu_peers import AsTrained, within
+from thoraxrt.benchmarks.precisions import all_logits
 from thoraxrt.benchmarks.rounds import Rounds, interleaved, median_interval, speed_ups
 from thoraxrt.engine.backends import available, backend_names, open_backend
 from thoraxrt.engine.bundle import Agreement, Bundle
@@ -89,7 +90,7 @@ def race(
     """Open every candidate, REFERENCE among them, hold its answers against REFERENCE's, and time those that are right."""
     if len(inputs) < batch:
         raise RequestError(f"{len(inputs)} inputs for batches of {batch}: expected at least one batch of them")
-    reference = _logits(makers[REFERENCE](), inputs, batch)
+    reference = all_logits(makers[REFERENCE](), inputs, batch)
     timed = np.stack(inputs[:batch])  # (N, 1, S, S)
     works: dict[str, Callable[[], object]] = {}
     reasons: dict[str, str] = {}
@@ -98,7 +99,7 @@ def race(
         try:
             with within(_OPENING_S):
                 candidate = make()
-                logits = _logits(candidate, inputs, batch)
+                logits = all_logits(candidate, inputs, batch)
         except Exception as error:  # other people's runtimes; whatever it is, it belongs into the report
             reasons[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
@@ -128,13 +129,6 @@ def race(
 
 
 _OPENING_S: Final = 180  # torch.compile takes the longest, a minute or two for a DenseNet-121
-
-
-def _logits(candidate: Candidate, inputs: Sequence[npt.NDArray[np.uint8]], batch: int) -> npt.NDArray[np.float32]:
-    """The logits `(N, C)` of all inputs, some of them twice so that every batch is full."""
-    padded = [*inputs, *inputs[: -len(inputs) % batch]]
-    parts = [candidate(np.stack(padded[i : i + batch])) for i in range(0, len(padded), batch)]
-    return np.concatenate(parts)[: len(inputs)]
 
 
 # --- the candidates --------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import contextlib
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -30,7 +32,7 @@ from thoraxrt.engine.engine import image_files, read_image
 from thoraxrt.engine.preprocess import network_input
 from thoraxrt.export.agreement import agreement
 
-__all__ = ["compare_precisions", "conclusion", "main"]
+__all__ = ["all_logits", "compare_precisions", "conclusion", "main"]
 
 YARDSTICK: Final = "onnxruntime fp32"
 
@@ -54,7 +56,7 @@ def compare_precisions(
             for precision, reason in available(name, bundle).items()
             if reason is None
         }
-        logits = {name: _logits(backend, inputs, batch) for name, backend in backends.items()}
+        logits = {name: all_logits(partial(_run, backend), inputs, batch) for name, backend in backends.items()}
         times: dict[str, list[float]] = {name: [] for name in backends}
         for _ in track(range(rounds), "Measuring", console=Console(stderr=True)):
             for name, backend in backends.items():
@@ -102,10 +104,19 @@ def _opened(stack: contextlib.ExitStack, backend: Backend) -> Backend:
     return backend
 
 
-def _logits(backend: Backend, inputs: list[npt.NDArray[np.uint8]], batch: int) -> npt.NDArray[np.float32]:
-    """The logits `(N, C)` of all inputs, some of them twice so that every batch is full."""
-    padded = inputs + inputs[: -len(inputs) % batch]
-    parts = [backend.run(np.stack(padded[i : i + batch])).logits for i in range(0, len(padded), batch)]
+def _run(backend: Backend, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    return backend.run(images).logits
+
+
+def all_logits(
+    run: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]], inputs: Sequence[npt.NDArray[np.uint8]], batch: int
+) -> npt.NDArray[np.float32]:
+    """The float32 logits `(N, C)` that `run` gives for all inputs, uint8 `(1, S, S)` each, in full batches `(batch, 1, S, S)`.
+
+    Some inputs are asked for twice, so that the last batch is full too.
+    """
+    padded = [*inputs, *inputs[: -len(inputs) % batch]]
+    parts = [run(np.stack(padded[i : i + batch])) for i in range(0, len(padded), batch)]
     return np.concatenate(parts)[: len(inputs)]
 
 
