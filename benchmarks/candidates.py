@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
@@ -70,11 +72,16 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A candidate, and how to open what answers for it; `identity` is what else its answers hang on."""
+    """A candidate, and how to open what answers for it; `identity` is what else its answers hang on.
+
+    `server_version` is that of a server elsewhere. What else it runs on is not known here: its answers are kept for a
+    run that was ended, and for no other one.
+    """
 
     candidate: Candidate
     open: Callable[[], AbstractContextManager[Answerer]]
     identity: str = ""
+    server_version: str | None = None
 
 
 def candidates_from_text(text: str) -> tuple[tuple[str, str], ...]:
@@ -159,7 +166,8 @@ def server_run(bundle: Bundle, client: Client, located: bool) -> Run:
     return Run(
         candidate=Candidate(backend=model.backend, precision=model.precision, through="server"),
         open=opened,
-        identity=f"{client.address} {model.server_version}",
+        identity=f"{client.address} {model.server_version} {datetime.now(UTC).date()}",
+        server_version=model.server_version,
     )
 
 
@@ -247,7 +255,10 @@ def answered(run: Run, bundle: Bundle, items: Sequence[Item], work: Path, key: s
         if any(item.image not in writer.done for item in items):
             with run.open() as answerer:
                 score(items, answerer, writer, _titled(track, str(run.candidate)))
-    return scores.read(folder)
+    found = scores.read(folder)
+    if run.server_version is not None:
+        shutil.rmtree(folder)
+    return found
 
 
 def work_key(items: Sequence[Item], environment: Environment) -> str:
@@ -259,7 +270,8 @@ def work_key(items: Sequence[Item], environment: Environment) -> str:
     for room in ("engine", "export", "server"):  # a checkout changes without its version
         for file in sorted((Path(__file__).resolve().parents[1] / room).rglob("*.py")):
             state.update(file.read_bytes())
-    state.update(f"{environment.versions} {environment.cpu} {environment.gpus} {environment.threads}".encode())
+    gpus = [(gpu.name, gpu.driver, gpu.mig) for gpu in environment.gpus]  # not their clocks, which never stand still
+    state.update(f"{environment.versions} {environment.cpu} {gpus} {environment.threads}".encode())
     return state.hexdigest()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,6 @@ from thoraxrt.benchmarks.preprocessing import dicom_pairs, preprocessing_parity
 from thoraxrt.benchmarks.receipt import Candidate, Cohorts, Data, Receipt, Result, Unanswered
 from thoraxrt.benchmarks.scores import Scores
 from thoraxrt.benchmarks.scoring import Item
-from thoraxrt.engine.boxes import Box
 from thoraxrt.engine.bundle import Bundle, Manifest
 from thoraxrt.engine.errors import BackendError, DatasetError, RequestError
 from thoraxrt.engine.plans import cache_folder
@@ -107,34 +106,30 @@ def parity(bundle: Bundle, folder: Path, options: ParityOptions | None = None, t
     dataset = NihDataset.open(folder)
     in_split = _split(dataset, options.split)
     records = _chosen(in_split.present().records, options)
+    paths = {record.image: record.path for record in dataset if record.path is not None}
+    preprocess = bundle.manifest.preprocess
     if not records:
         raise DatasetError(
             f"{folder} holds no image of its split {options.split}; expected PNG files in images/, or --split all for "
             "whatever there is"
         )
+    dicom = dicom_pairs(options.dicom, paths, preprocess) if options.dicom else ()
     items = _items(records, _boxed(dataset, bundle.manifest))
     runs, checkpoint = _runs(bundle, options, located=any(item.located for item in items))
     work, key = options.work or cache_folder() / "parity", work_key(items, began)
     found, failed = {}, {}
     for run in runs:
         try:
-            scores = answered(run, bundle, items, work, key, track)
+            found[run.candidate] = answered(run, bundle, items, work, key, track)
         except BackendError as error:
             if run is runs[0]:
                 raise
             failed[run.candidate] = broken(run.candidate, f"its runtime broke: {error}")
-            continue
-        if run is not runs[0] and all(scores.errors):  # else nothing would be left to compare the others on
-            failed[run.candidate] = broken(run.candidate, f"it answered none of the images: {scores.errors[0]}")
-        else:
-            found[run.candidate] = scores
-    everyone = _Everyone(manifest=bundle.manifest, records=records, items=items, found=found)
-    trial = everyone.trial(options.margin)
-    answers = {candidate: everyone.answers(trial, candidate) for candidate in found}
-    reference = answers[runs[0].candidate]
-    results = {candidate: everyone.result(given, reference) for candidate, given in answers.items()} | failed
-    paths = {record.image: record.path for record in dataset if record.path is not None}
-    preprocess = bundle.manifest.preprocess
+    everyone = _Everyone(manifest=bundle.manifest, records=records, items=items, found=found, margin=options.margin)
+    reference = everyone.reference
+    trial = reference.trial
+    results = {candidate: everyone.result(candidate) for candidate in found} | failed
+    server = runs[-1].server_version
     return Receipt(
         bundle=bundle.sha256,
         network=bundle.manifest.network.name,
@@ -156,9 +151,11 @@ def parity(bundle: Bundle, folder: Path, options: ParityOptions | None = None, t
         reference=reference.candidate,
         boxes_reference=everyone.boxes_reference,
         preprocessing=preprocessing_parity([paths[image] for image in trial.images], preprocess, track),
-        dicom=dicom_pairs(options.dicom, paths, preprocess) if options.dicom else (),
+        dicom=dicom,
         results=tuple(results[run.candidate] for run in runs),
-        environment=began,
+        environment=msgspec.structs.replace(
+            began, versions=began.versions | ({"thoraxrt of the server": server} if server else {})
+        ),
     )
 
 
@@ -173,19 +170,27 @@ def predictions_parity(
     """The same for a file of published predictions, and where there is one `against` which to compare it.
 
     The files are CSV, see `predictions_from_csv`; `folder` is in the NIH layout and needs no images. What is compared
-    are the images of the split that every file has.
+    are the images of the split that every file has. `Data.sha256` is then that of lines of a file's name and sha256.
 
-    Raises DatasetError where a file cannot be used or shares no image with the data set.
+    Raises DatasetError where a file cannot be used, names images that the data set has not, or has none of the split.
     """
     began = environment()
-    in_split = _split(NihDataset.open(folder), split)
+    dataset = NihDataset.open(folder)
+    in_split = _split(dataset, split)
     files = [path for path in (against, predictions) if path is not None]
     found = [predictions_from_csv(path, LABELS) for path in files]
+    known = {record.image for record in dataset}
+    for path, rows in zip(files, found, strict=True):
+        if unknown := [image for image in rows if image not in known]:
+            raise DatasetError(
+                f"predictions {path} name {len(unknown)} images that {folder} does not list, {unknown[0]} first; expected "
+                "predictions of this data set: take its data entry file, or only the rows of its images"
+            )
     records = [record for record in in_split if all(record.image in rows for rows in found)]
     if not records:
         raise DatasetError(
             f"no image of {folder} ({split}) is in {' and '.join(map(str, files))}; expected the column Image Index to "
-            "name images of the data set"
+            "name images of the split"
         )
     trial = _trial(records, LABELS, Sigmoid(), margin)
     answers = [
@@ -206,7 +211,7 @@ def predictions_parity(
             patients=len(np.unique(trial.cohort.patients)),
             absent=len(in_split) - len(records),
             unreadable=(),
-            sha256=None,
+            sha256=_sha256((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files),
             annotated=LABELS,
             unannotated=(),
         ),
@@ -224,7 +229,14 @@ def predictions_parity(
 
 
 def _split(dataset: NihDataset, split: Cohorts) -> NihDataset:
-    return dataset if split == "all" else dataset.split(split)
+    """Raises DatasetError where an image is listed twice: a name stands for one image, its labels and its answers."""
+    chosen = dataset if split == "all" else dataset.split(split)
+    if twice := [image for image, rows in Counter(record.image for record in chosen).items() if rows > 1]:
+        raise DatasetError(
+            f"{dataset.folder} lists {len(twice)} images more than once, {twice[0]} first; expected a row each: remove "
+            "the others from the data entry file"
+        )
+    return chosen
 
 
 def _chosen(records: Sequence[NihRecord], options: ParityOptions) -> list[NihRecord]:
@@ -275,6 +287,11 @@ def _runs(bundle: Bundle, options: ParityOptions, located: bool) -> tuple[list[R
 # --- their answers, side by side -----------------------------------------------------------------------------
 
 
+def _sha256(files: Iterable[tuple[str, str | None]]) -> str:
+    """Of files by name and sha256, see `Data`."""
+    return hashlib.sha256("".join(sorted(f"{name} {sha256}\n" for name, sha256 in files)).encode()).hexdigest()
+
+
 def _trial(records: Sequence[NihRecord], labels: tuple[str, ...], activation: Activation, margin: float) -> Trial:
     annotated = tuple(label for label in labels if label in LABELS)
     positive = [[label in record.labels for label in annotated] for record in records]
@@ -306,75 +323,85 @@ def _file_answers(trial: Trial, path: Path, probabilities: npt.NDArray[np.float6
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Everyone:
-    """What each candidate that ran said of each image, and the images that all of them answered."""
+    """What each candidate that ran said of each image, the reference first.
+
+    A candidate is compared on the images that it and the reference answered: what it did not answer fails it, and takes
+    nothing from what the others show.
+    """
 
     manifest: Manifest
     records: Sequence[NihRecord]
     items: Sequence[Item]
     found: dict[Candidate, Scores]
+    margin: float
+
+    def _rows(self, *candidates: Candidate) -> list[int]:
+        """The images that all of these answered."""
+        each = zip(*(self.found[candidate].errors for candidate in candidates), strict=True)
+        return [row for row, errors in enumerate(each) if all(error is None for error in errors)]
 
     @cached_property
-    def _answered(self) -> npt.NDArray[np.bool_]:
-        """`(candidates, images)`."""
-        return np.array([[error is None for error in scores.errors] for scores in self.found.values()])
-
-    @property
-    def _anyone(self) -> npt.NDArray[np.bool_]:
+    def _anyone(self) -> list[bool]:
         """Whether an image was answered by somebody: `(images,)`."""
-        return np.asarray(self._answered.any(axis=0))
+        return [None in errors for errors in zip(*(scores.errors for scores in self.found.values()), strict=True)]
 
     @cached_property
-    def rows(self) -> list[int]:
-        """The images that are compared. Raises DatasetError where there are none."""
-        rows: list[int] = np.flatnonzero(self._answered.all(axis=0)).tolist()
-        if not rows:
-            first = next(error for scores in self.found.values() for error in scores.errors if error)
+    def reference(self) -> Answers:
+        """Its answers. Raises DatasetError where there are none."""
+        candidate, scores = next(iter(self.found.items()))
+        if not (rows := self._rows(candidate)):
             raise DatasetError(
-                f"none of {len(self.records)} images was answered by every candidate ({first}); expected readable PNG files"
+                f"none of {len(self.records)} images was answered by the reference, {candidate} ({scores.errors[0]}); "
+                "expected readable PNG files"
             )
-        return rows
+        return self._answers(candidate, rows)
 
     @property
     def unreadable(self) -> tuple[str, ...]:
         """Images that nobody answered."""
-        return tuple(self.records[row].image for row in np.flatnonzero(~self._anyone).tolist())
+        return tuple(record.image for record, anyone in zip(self.records, self._anyone, strict=True) if not anyone)
 
     @property
     def sha256(self) -> str:
-        """See `Data`."""
-        scores = next(iter(self.found.values()))
-        lines = sorted(f"{scores.images[row]} {scores.sha256[row]}\n" for row in self.rows)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        """Of the images that the reference answered, see `Data`."""
+        scores = self.found[self.reference.candidate]
+        return _sha256((scores.images[row], scores.sha256[row]) for row in self._rows(self.reference.candidate))
 
     @property
     def boxes_reference(self) -> Candidate | None:
         """See `Receipt`: PyTorch gives no boxes, and without it FP32 is the reference."""
         return FP32 if FP32 in self.found else None
 
-    def trial(self, margin: float) -> Trial:
-        """The images that are compared, and their labels."""
-        manifest = self.manifest
-        return _trial([self.records[row] for row in self.rows], manifest.labels, manifest.activation, margin)
-
-    def answers(self, trial: Trial, candidate: Candidate) -> Answers:
-        """What one candidate said of them."""
-        scores = self.found[candidate]
-        logits = scores.logits[self.rows]  # (N, C)
+    def _answers(self, candidate: Candidate, rows: list[int], trial: Trial | None = None) -> Answers:
+        """What one candidate said of these images; without a `trial`, in one of their own."""
+        scores, manifest = self.found[candidate], self.manifest
+        logits = scores.logits[rows]  # (N, C)
         return Answers(
-            trial=trial,
+            trial=trial
+            or _trial([self.records[row] for row in rows], manifest.labels, manifest.activation, self.margin),
             candidate=candidate,
             logits=logits,
-            probabilities=scores.probabilities[self.rows],
-            ranked=self.manifest.activation.log_odds(logits),
+            probabilities=scores.probabilities[rows],
+            ranked=manifest.activation.log_odds(logits),
             unanswered=tuple(
                 Unanswered(image=image, error=error)
-                for image, error, others in zip(scores.images, scores.errors, self._anyone, strict=True)
-                if error is not None and others
+                for image, error, anyone in zip(scores.images, scores.errors, self._anyone, strict=True)
+                if error is not None and anyone
             ),
         )
 
-    def result(self, answers: Answers, reference: Answers) -> Result:
+    def result(self, candidate: Candidate) -> Result:
         """What `judged` says, and what needs operating points or boxes."""
+        answers = reference = self.reference
+        rows = self._rows(reference.candidate, candidate)
+        if not rows:
+            return broken(
+                candidate, f"it answered none of the images: {next(filter(None, self.found[candidate].errors))}"
+            )
+        if candidate != reference.candidate:
+            if len(rows) < len(reference.trial.images):
+                reference = self._answers(reference.candidate, rows)
+            answers = self._answers(candidate, rows, reference.trial)
         trial, manifest = answers.trial, self.manifest
         cuts = thresholds(manifest.operating_points, manifest.activation)
         ours, theirs = (reported(each.logits, cuts, manifest.activation) for each in (answers, reference))  # (N, C)
@@ -383,13 +410,13 @@ class _Everyone:
             judged(answers, reference),
             operating=operating(trial.cohort.labels, trial.cohort.positive, ours[:, trial.columns]),
             changes=changes(trial.labels, ours, theirs, trial.cohort.patients) if compared else (),
-            localisation=self._localisation(answers.candidate),
-            boxes=self._box_agreement(answers.candidate),
+            localisation=self._localisation(candidate, rows),
+            boxes=self._box_agreement(candidate, rows),
         )
 
-    def _localisation(self, candidate: Candidate) -> tuple[Localisation, ...]:
+    def _localisation(self, candidate: Candidate, rows: Sequence[int]) -> tuple[Localisation, ...]:
         """On the images with boxes, of the findings that some of them are annotated with."""
-        rows = [row for row in self.rows if self.items[row].located]
+        rows = [row for row in rows if self.items[row].located]
         if candidate.through == "torch" or not rows:
             return ()
         annotated = {box.finding for row in rows for box in self.records[row].boxes}
@@ -397,10 +424,12 @@ class _Everyone:
         scores = self.found[candidate]
         return localisation([self.records[row].boxes for row in rows], [scores.located(row) for row in rows], findings)
 
-    def _box_agreement(self, candidate: Candidate) -> tuple[BoxAgreement, ...]:
+    def _box_agreement(self, candidate: Candidate, rows: Sequence[int]) -> tuple[BoxAgreement, ...]:
         if candidate.through == "torch" or self.boxes_reference in (None, candidate):
             return ()
-        return box_agreement(self._boxes(candidate), self._boxes(FP32), self.manifest.labels)
-
-    def _boxes(self, candidate: Candidate) -> list[tuple[Box, ...]]:
-        return [self.found[candidate].boxes(row) for row in self.rows]
+        theirs = self.found[FP32]
+        rows = [row for row in rows if theirs.errors[row] is None]
+        ours = self.found[candidate]
+        return box_agreement(
+            [ours.boxes(row) for row in rows], [theirs.boxes(row) for row in rows], self.manifest.labels
+        )

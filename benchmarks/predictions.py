@@ -18,16 +18,18 @@ def predictions_from_csv(path: Path, findings: Sequence[str]) -> Mapping[str, np
     """Read published predictions: `Image Index` and one `prob_<finding>` column per finding.
 
     Returns each image's probabilities float64 `(C,)`, in the order of `findings`. Raises
-    DatasetError where the file cannot be read or a column or number is missing.
+    DatasetError where the file cannot be read, a column or number is missing, or an image is there twice.
     """
+    found: dict[str, npt.NDArray[np.float64]] = {}
     try:
         with path.open(newline="") as file:
-            return {
-                row["Image Index"]: np.array([float(row[f"prob_{finding}"]) for finding in findings])
-                for row in csv.DictReader(file)
-            }
+            for row in csv.DictReader(file):
+                if (image := row["Image Index"]) in found:
+                    raise ValueError(f"{image} is there twice")
+                found[image] = np.array([float(row[f"prob_{finding}"]) for finding in findings])
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise DatasetError(
             f"predictions {path} cannot be read ({type(error).__name__}: {error}); expected a CSV with the columns "
-            "'Image Index' and 'prob_<finding>'"
+            "'Image Index' and 'prob_<finding>', a row for each image"
         ) from error
+    return found

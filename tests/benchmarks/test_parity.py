@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +17,16 @@ import pytest
 from onnx import numpy_helper
 from rich.console import Console
 
-from thoraxrt.benchmarks.candidates import FP32, TORCH, candidates_from_text, runnable, served
+from thoraxrt import __version__
+from thoraxrt.benchmarks.candidates import FP32, TORCH, candidates_from_text, runnable, served, work_key
+from thoraxrt.benchmarks.environment import Gpu, environment
 from thoraxrt.benchmarks.parity import ParityOptions, parity, predictions_parity
 from thoraxrt.benchmarks.parity_table import render
 from thoraxrt.benchmarks.receipt import Candidate, Receipt
 from thoraxrt.engine.boxes import BoxSpec
 from thoraxrt.engine.bundle import MANIFEST, Bundle, FileEntry, Recommended
-from thoraxrt.engine.engine import Engine
+from thoraxrt.engine.decode import decode
+from thoraxrt.engine.engine import Engine, read_image
 from thoraxrt.engine.errors import (
     BackendUnavailableError,
     BundleError,
@@ -31,6 +35,7 @@ from thoraxrt.engine.errors import (
     RequestError,
 )
 from thoraxrt.engine.postprocess import Softmax
+from thoraxrt.engine.preprocess import network_input
 from thoraxrt.engine.receipt import require_parity
 from thoraxrt.export.nih import LABELS, NihDataset
 from thoraxrt.export.phantoms import write_phantoms
@@ -206,16 +211,16 @@ def test_ten_runs_pass_and_say_the_same(honest: Bundle, phantoms: Path, tmp_path
 
 
 class Watched:
-    """A track that counts what is scored, and can stop it."""
+    """A track that counts what is scored, and can stop one candidate."""
 
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.stop_after = stop_after
+    def __init__(self, stop_after: int | None = None, stopped: str = "onnxruntime int8") -> None:
+        self.stop_after, self.stopped = stop_after, stopped
         self.totals: dict[str, int] = {}
 
     def __call__(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
         self.totals[description] = total
         for done, item in enumerate(items):
-            if done == self.stop_after and description == "onnxruntime int8":
+            if done == self.stop_after and description == self.stopped:
                 raise KeyboardInterrupt
             yield item
 
@@ -244,7 +249,9 @@ def test_what_nobody_can_read_is_named_and_left_out(honest: Bundle, phantoms: Pa
     assert (receipt.data.images, receipt.data.absent, receipt.data.unreadable) == (5, 1, (first.name,))
     assert "answered by nobody" in printed(receipt)
     second.write_bytes(b"no image")
-    with pytest.raises(DatasetError, match="none of 2 images was answered by every candidate"):
+    with pytest.raises(
+        DatasetError, match=r"none of 2 images was answered by the reference, onnxruntime fp32 \(the PNG"
+    ):
         parity(honest, folder, quick(tmp_path / "work", limit=2))
     shutil.rmtree(folder / "images")
     with pytest.raises(DatasetError, match="holds no image of its split all; expected"):
@@ -259,6 +266,51 @@ def test_a_candidate_whose_runtime_breaks_has_failed(sample_bundle: Bundle, phan
     assert verdict is not None
     assert "it answered none of the images: onnxruntime int8 gave values that are not finite" in verdict.failures[0]
     assert "FAILED" in printed(receipt)
+
+
+def test_what_one_candidate_does_not_answer_takes_nothing_from_the_others(
+    sample_bundle: Bundle, phantoms: Path, tmp_path: Path
+) -> None:
+    spec = sample_bundle.manifest.preprocess
+    files = [record.path for record in NihDataset.open(phantoms) if record.path is not None]
+    darkest, second = sorted(float(network_input(decode(read_image(file)).pixels, spec).mean()) for file in files)[:2]
+
+    def only_the_darkest(graph: onnx.ModelProto) -> None:
+        """Answers that are not finite for an image brighter than the darkest: 0 times the root of what is negative."""
+        constants = {
+            "dark_limit": np.float32((darkest + second) / 2),
+            "dark_zero": np.float32(0),
+            "dark_axes": np.array([1, 2, 3]),
+        }
+        graph.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items())
+        for node in graph.graph.node:
+            node.output[:] = ["all_logits" if name == "logits" else name for name in node.output]
+        make = onnx.helper.make_node
+        graph.graph.node.extend(
+            [
+                make("Cast", ["image"], ["dark_float"], to=onnx.TensorProto.FLOAT),
+                make("ReduceMean", ["dark_float", "dark_axes"], ["dark_four"], keepdims=1),
+                make("Flatten", ["dark_four"], ["dark_mean"]),  # (N, 1)
+                make("Sub", ["dark_limit", "dark_mean"], ["dark_left"]),
+                make("Sqrt", ["dark_left"], ["dark_root"]),
+                make("Mul", ["dark_root", "dark_zero"], ["dark_poison"]),
+                make("Add", ["all_logits", "dark_poison"], ["logits"]),
+            ]
+        )
+
+    bundle = rewritten(sample_bundle, tmp_path / "dark.bundle", only_the_darkest)
+    receipt = parity(bundle, phantoms, quick(tmp_path, candidates=(("openvino", "fp32"), *INT8)))
+    assert (receipt.data.images, receipt.data.unreadable) == (IMAGES, ())
+    _, sound, failing = receipt.results
+    alone = parity(bundle, phantoms, quick(tmp_path / "alone", candidates=(("openvino", "fp32"),)))
+    assert (receipt.data, sound) == (alone.data, alone.results[1])
+    assert sound.verdict is not None
+    assert sound.verdict.passed
+    assert failing.verdict is not None
+    assert len(failing.unanswered) == IMAGES - 1
+    assert any(f"{IMAGES - 1} images have no answer" in failure for failure in failing.verdict.failures)
+    assert failing.agreement is not None
+    assert failing.agreement.mean_error < 1e-5, "the one image that it answered is compared with the same image"
 
 
 def test_labels_that_the_data_set_has_not_are_compared_with_the_reference_only(
@@ -301,6 +353,62 @@ def test_a_server_that_runs_is_asked(honest: Bundle, sample_bundle: Bundle, phan
         assert receipt.results[-1].candidate == Candidate(backend="onnxruntime", precision="int8", through="server")
         with pytest.raises(RequestError, match=r"serves the bundle .* expected"):
             parity(sample_bundle, phantoms, quick(tmp_path, server=client, candidates=None))
+
+
+def test_a_servers_answers_are_asked_for_again_unless_the_run_was_ended(
+    honest: Bundle, phantoms: Path, tmp_path: Path
+) -> None:
+    name = "onnxruntime int8 through the server"
+    with (
+        Engine.open(honest, backend="onnxruntime", precision="int8") as engine,
+        running_server(engine) as port,
+        Client(f"127.0.0.1:{port}") as client,
+    ):
+        options = quick(tmp_path, server=client)
+        with pytest.raises(KeyboardInterrupt):
+            parity(honest, phantoms, options, Watched(stop_after=6, stopped=name))
+        parity(honest, phantoms, options, ended := Watched())
+        receipt = parity(honest, phantoms, options, again := Watched())
+    assert 0 < ended.totals[name] < IMAGES
+    assert again.totals == {name: IMAGES, "Comparing with Pillow": IMAGES}
+    assert receipt.environment.versions["thoraxrt of the server"] == __version__
+
+
+def test_answers_do_not_hang_on_what_a_gpu_does_at_the_moment() -> None:
+    gpu = Gpu(
+        name="H100",
+        driver="580.1",
+        memory_mib=81559,
+        sm_mhz=345,
+        memory_mhz=2619,
+        celsius=31,
+        watts=71.5,
+        mig="Disabled",
+    )
+    here = environment()
+    keys = [
+        work_key([], msgspec.structs.replace(here, gpus=(msgspec.structs.replace(gpu, **change),)))
+        for change in ({}, {"sm_mhz": 1980.0, "memory_mhz": 2.0, "celsius": 60.0, "watts": 400.0}, {"driver": "581.0"})
+    ]
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
+
+
+def test_an_image_that_is_listed_twice_is_refused(honest: Bundle, phantoms: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(phantoms, tmp_path / "twice")
+    first, second, *_ = NihDataset.open(folder).records
+    (entries,) = folder.glob("Data_Entry*.csv")
+    entries.write_text(entries.read_text().replace(second.image, first.image))
+    with pytest.raises(DatasetError, match=rf"lists 1 images more than once, {first.image} first; expected a row each"):
+        parity(honest, folder, quick(tmp_path))
+    with pytest.raises(DatasetError, match="more than once"):
+        predictions_parity(tmp_path / "any.csv", folder)
+
+
+def test_dicom_files_are_looked_for_before_anything_is_answered(honest: Bundle, phantoms: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="holds no DICOM file"):
+        parity(honest, phantoms, quick(tmp_path, dicom=tmp_path), watched := Watched())
+    assert not watched.totals
 
 
 def test_what_cannot_be_asked_is_refused(sample_bundle: Bundle, phantoms: Path, tmp_path: Path) -> None:
@@ -370,10 +478,10 @@ def test_predictions_against_others_are_compared_in_pairs(phantoms: Path, tmp_pa
     images = [record.image for record in dataset]
     theirs = np.random.default_rng(3).random((IMAGES, len(LABELS)))
     reference = write_predictions(tmp_path / "theirs.csv", images, theirs)
-    same = write_predictions(
-        tmp_path / "same.csv", [*images[::-1], "unknown.png"], np.vstack([theirs[::-1], theirs[:1]])
-    )
+    same = write_predictions(tmp_path / "same.csv", images[::-1], theirs[::-1])
     receipt = predictions_parity(same, phantoms, reference)
+    files = "".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in (same, reference))
+    assert receipt.data.sha256 == hashlib.sha256(files.encode()).hexdigest()
     assert receipt.passed
     assert receipt.reference == receipt.results[0].candidate
     comparison = receipt.results[1].comparison
@@ -387,9 +495,13 @@ def test_predictions_against_others_are_compared_in_pairs(phantoms: Path, tmp_pa
 
 def test_predictions_that_cannot_be_used(phantoms: Path, tmp_path: Path) -> None:
     rows = np.full((1, len(LABELS)), 1.5)
-    with pytest.raises(DatasetError, match="expected the column Image Index to name images"):
+    with pytest.raises(DatasetError, match=r"name 1 images that .* does not list, unknown.png first"):
         predictions_parity(write_predictions(tmp_path / "a.csv", ["unknown.png"], rows), phantoms)
-    first = NihDataset.open(phantoms).records[0].image
+    first, *_ = [record.image for record in NihDataset.open(phantoms).split("train_val")]
+    with pytest.raises(DatasetError, match="expected the column Image Index to name images of the split"):
+        predictions_parity(write_predictions(tmp_path / "c.csv", [first], rows), phantoms, split="test")
+    with pytest.raises(DatasetError, match=f"{first} is there twice"):
+        predictions_parity(write_predictions(tmp_path / "d.csv", [first, first], np.vstack([rows, rows])), phantoms)
     with pytest.raises(DatasetError, match=r"no probabilities; expected 0 to 1"):
         predictions_parity(write_predictions(tmp_path / "b.csv", [first], rows), phantoms)
 
