@@ -149,7 +149,7 @@ def export_bundle(
         producer=_producer(),
         files={name: FileEntry.of(data) for name, data in files.items()},
     )
-    files[MANIFEST] = _manifest_bytes(manifest)
+    files[MANIFEST] = manifest_bytes(manifest)
     publish(files, out, replace=options.replace)
     return Bundle.open(out)
 
@@ -329,7 +329,7 @@ def _operating_points(
     return operating_points_from_file(file, labels)
 
 
-def _manifest_bytes(manifest: Manifest) -> bytes:
+def manifest_bytes(manifest: Manifest) -> bytes:
     """The manifest as it is written, read once before an older bundle makes room for it: JSON has no NaN."""
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.engine import Engine
 from thoraxrt.export.phantoms import phantom
 
-COMMANDS = ("export", "compile", "sign", "export-triton", "predict", "serve", "info", "phantoms", "demo")
+COMMANDS = ("export", "compile", "sign", "recommend", "export-triton", "predict", "serve", "info", "phantoms", "demo")
 
 
 def thoraxrt(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -76,6 +77,17 @@ def test_json_lines_are_the_public_shape(sample_bundle: Bundle, images: list[Pat
             "image": str(images[0]),
             **json.loads(json.dumps(engine.predict_one(images[0]).to_dict())),
         }
+
+
+def test_a_progress_bar_leaves_the_answers_to_their_file(sample_bundle: Bundle, images: list[Path]) -> None:
+    """`predict --json > answers.jsonl`, at a terminal."""
+    terminal, bar = pty.openpty()
+    command = [sys.executable, "-m", "thoraxrt.cli", "predict", str(sample_bundle.path), str(images[0]), "--json"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=bar, check=True)
+    os.close(bar)
+    assert json.loads(result.stdout)["image"] == str(images[0])
+    assert b"Predicting" in os.read(terminal, 10_000)
+    os.close(terminal)
 
 
 def test_one_bad_image_gives_its_error_and_status_1(sample_bundle: Bundle, images: list[Path], tmp_path: Path) -> None:

@@ -32,7 +32,12 @@ _COMMANDS: Final[dict[str, dict[str, Callable[..., None]]]] = {
         "token": serve.token,
         "audit": serve.verify_audit,
     },
-    "Measure it": {"parity": measure.parity, "dataset": measure.dataset, "score": measure.score},
+    "Measure it": {
+        "parity": measure.parity,
+        "dataset": measure.dataset,
+        "score": measure.score,
+        "recommend": export.recommend,
+    },
     "Try it without data": {"demo": measure.demo, "phantoms": export.phantoms},
 }
 

@@ -317,6 +317,27 @@ def sign(
     print(f"{bundle} signed")
 
 
+def recommend(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder, with the receipt of parity.", show_default=False)],
+    times: Annotated[Path, typer.Argument(help="What `thoraxrt bench --json` said of it.", show_default=False)],
+    key: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEY", help="Sign bundle and receipt anew with this private key.")
+    ] = None,
+    require_signature: RequireSignature = None,
+) -> None:
+    """Write into a bundle what it runs on by default: the fastest backend and precision that passed parity.
+
+    Measure on the machine that is to serve. Without this, FP32 runs on the first backend that can.
+
+    [bold]thoraxrt recommend chexnet.bundle today.json[/]
+    """
+    from thoraxrt.benchmarks.bench import read_result
+    from thoraxrt.benchmarks.recommend import recommend as choose
+
+    chosen = choose(open_bundle(bundle, require_signature), read_result(times), key)
+    print(f"{bundle} runs {chosen.backend} {chosen.precision} unless told otherwise")
+
+
 def export_triton(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)],
     repository: Annotated[
