@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -489,6 +490,72 @@ def test_a_folder_goes_on_where_the_server_was_killed(tiny_bundle, engine, radio
     assert [answer.pop("image") for answer in answers] == [str(tmp_path / f"{index:03}.png") for index in range(count)]
     for index in (0, 20, count - 1):
         assert answers[index] == json.loads(json.dumps(engine.predict_one(radiograph(index)).to_dict()))
+
+
+def test_a_command_that_is_killed_goes_on_where_it_stopped(address, engine, radiograph, tmp_path):
+    """`predict --server --out`, killed as it waits for an image that does not come."""
+    folder, out = tmp_path / "archive", tmp_path / "answers.jsonl"
+    folder.mkdir()
+    paths = [folder / f"{index:02}.png" for index in range(40)]
+    for index, path in enumerate(paths):
+        path.write_bytes(radiograph(index))
+    paths[3].write_bytes(b"no image")
+    paths[30].unlink()
+    os.mkfifo(paths[30])
+    command = [sys.executable, "-m", "thoraxrt.cli", "predict", "--server", address, str(folder), "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as predicting:
+        until = time.monotonic() + 30
+        while not (out.exists() and out.read_bytes().count(b"\n") >= 10):
+            assert time.monotonic() < until
+            assert predicting.poll() is None, predicting.stderr.read()
+            time.sleep(0.01)
+        predicting.kill()
+    before = out.read_bytes()
+    assert before.count(b"\n") < 30
+    out.write_bytes(before[:-20])  # as where the machine went down while the last line was written
+    paths[30].unlink()
+    paths[30].write_bytes(radiograph(30))
+
+    def again(status: int) -> list[dict[str, Any]]:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout) == (status, ""), result.stderr
+        assert (str(paths[3]) in result.stderr) == bool(status), "what failed is said"
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    answers = again(1)
+    assert [answer["image"] for answer in answers] == [str(path) for path in paths if path != paths[3]]
+    assert out.read_bytes().startswith(before.rpartition(b"\n{")[0]), "what was answered is not asked for again"
+    paths[3].write_bytes(radiograph(3))
+    answers = again(0)
+    assert sorted(answer.pop("image") for answer in answers) == list(map(str, paths))
+    local = [engine.predict_one(path).to_dict() for path in (*paths[:3], *paths[4:], paths[3])]
+    assert answers == json.loads(json.dumps(local))
+    whole = out.read_bytes()
+    again(0)
+    assert out.read_bytes() == whole
+
+
+def test_rows_are_shown_as_they_come(address, radiograph, tmp_path):
+    os.mkfifo(tmp_path / "z.png")
+    for index in range(20):  # more than are in flight
+        (tmp_path / f"{index:02}.png").write_bytes(radiograph(index))
+    command = [sys.executable, "-m", "thoraxrt.cli", "predict", "--server", address, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as predicting:
+        lines = iter(predicting.stdout.readline, "")
+        assert "boxes x, y, width, height" in next(lines)
+        assert any(line.startswith(" 00.png") for line in lines), "though the last one has not come"
+        predicting.kill()
+
+
+@pytest.mark.parametrize("text", ["a letter\n", "a letter", '{"image": 1', "[]\n"])
+def test_a_file_that_holds_something_else_stays_as_it_is(text, radiograph, tmp_path):
+    (tmp_path / "a.png").write_bytes(radiograph(0))
+    (other := tmp_path / "other").write_text(text)
+    command = [sys.executable, "-m", "thoraxrt.cli", "predict", "--server", "127.0.0.1:1", str(tmp_path / "a.png")]
+    result = subprocess.run([*command, "--out", str(other)], capture_output=True, text=True, check=False)
+    ours = text.startswith("{")  # and was cut off
+    assert (result.returncode, "line 1" in result.stderr) == (2, not ours)
+    assert other.read_text() == ("" if ours else text)
 
 
 def test_the_command_shows_its_token_over_tls(guarded, radiograph, tmp_path):

@@ -113,9 +113,16 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def track(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
     """Draw a progress bar on stderr where that is a terminal."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    yield from track(items, description, total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
+    progress = Progress(
+        *Progress.get_default_columns(),
+        console=Console(stderr=True),
+        redirect_stdout=sys.stdout.isatty(),  # else what is printed would go to the terminal, not into its file
+        disable=not sys.stderr.isatty(),
+    )
+    with progress:
+        yield from progress.track(items, total, description=description)
 
 
 def open_bundle(bundle: str | Path, require_signature: Path | None) -> Bundle:

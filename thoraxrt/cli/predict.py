@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 import typer
 
@@ -31,6 +34,11 @@ if TYPE_CHECKING:
     from thoraxrt.engine.engine import Prediction
     from thoraxrt.engine.profile import Profile
 
+_LINE: Final = b'{"image": '
+_NAME_CELLS: Final = 40
+_Asked = list[tuple[str, Path | None]]
+"""Images, and where the overlay of each goes, if anywhere."""
+
 
 def predict(
     arguments: Annotated[
@@ -53,6 +61,13 @@ def predict(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per image and line, unrounded.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append --json's lines to FILE as the answers come; what has one there is not asked again.",
+        ),
+    ] = None,
     overlay: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write each radiograph with its CAM and boxes as a PNG."),
@@ -70,11 +85,14 @@ def predict(
     """Findings and boxes for radiographs.
 
     An image that fails is reported and the others go on; the exit status is then 1. Where the connection to a server is
-    lost, it goes on with what has no answer yet once the server is back within 30 seconds.
+    lost, it goes on with what has no answer yet once the server is back within 30 seconds. After a longer absence, or
+    where it was ended itself, the same command with --out goes on where it stopped.
 
     [bold]thoraxrt predict chexnet.bundle images/*.png --overlay pictures[/]
 
     [bold]thoraxrt predict --server localhost:8500 images/*.png --json[/]
+
+    [bold]thoraxrt predict --server localhost:8500 archive --out answers.jsonl[/]
     """
     if server and (backend or precision or device or profile or require_signature):
         raise RequestError(
@@ -92,34 +110,41 @@ def predict(
     images = image_arguments(arguments if server else arguments[1:])
     if overlay:
         overlay.mkdir(parents=True, exist_ok=True)
-    answers = (
-        _ask_server(server, images, overlay, model, stat, Connection(token_file, tls_ca, tls_cert, tls_key))
-        if server
-        else _ask_engine(
-            open_bundle(arguments[0], require_signature),
-            images,
-            overlay,
-            backend=backend,
-            precision=precision,
-            device=device,
-            batch=batch,
-            profile=recorded,
-        )
-    )
     failed = 0
-    table = _Table()
-    for image, answer in zip(images, track(answers, "Predicting", len(images)), strict=True):
-        failed += isinstance(answer, ThoraxrtError)
-        if as_json:
-            result = {"error": str(answer)} if isinstance(answer, ThoraxrtError) else answer.to_dict()
-            print(json.dumps({"image": image, **result}), flush=True)
-        else:
-            table.add(image, answer)
-    if not as_json:
-        table.show()
+    with _Answered(out) if out else nullcontext() as answered:
+        done = answered.images if answered else set()
+        asked = [pair for pair in zip(images, _overlay_paths(overlay, images), strict=True) if pair[0] not in done]
+        answers = (
+            _ask_server(server, asked, model, stat, Connection(token_file, tls_ca, tls_cert, tls_key))
+            if server
+            else _ask_engine(
+                open_bundle(arguments[0], require_signature),
+                asked,
+                backend=backend,
+                precision=precision,
+                device=device,
+                batch=batch,
+                profile=recorded,
+            )
+        )
+        rows = _Rows([image for image, _ in asked])
+        for (image, _), answer in zip(asked, track(answers, "Predicting", len(asked)), strict=True):
+            said = {"error": str(answer)} if isinstance(answer, ThoraxrtError) else answer.to_dict()
+            line = json.dumps({"image": image, **said})
+            failed += "error" in said
+            if answered and "error" not in said:
+                answered.add(image, line)
+            elif answered and not as_json:
+                print(f"{image}: {said['error']}", file=sys.stderr)
+            if as_json:
+                print(line, flush=True)
+            elif not answered:
+                rows.show(image, answer)
+    if not as_json and not answered:
+        rows.end()
     if profile and recorded:
         recorded.write(profile)
-        _show_profile(recorded, len(images))
+        _show_profile(recorded, len(asked))
     raise typer.Exit(1 if failed else 0)
 
 
@@ -135,29 +160,27 @@ def _show_profile(profile: Profile, images: int) -> None:
     Console(stderr=True).print(table)
 
 
-def _ask_engine(
-    bundle: Bundle, images: list[str], overlay: Path | None, **options: Any
-) -> Iterator[Prediction | ThoraxrtError]:
+def _ask_engine(bundle: Bundle, asked: _Asked, **options: Any) -> Iterator[Prediction | ThoraxrtError]:
     from thoraxrt.engine.engine import Engine
     from thoraxrt.engine.overlay import render_overlay
 
     with Engine.open(bundle, **options) as engine:
-        answers = engine.predict((Path(image) for image in images), cam=overlay is not None)
-        for path, answer in zip(_overlay_paths(overlay, images), answers, strict=True):
+        answers = engine.predict((Path(image) for image, _ in asked), cam=_any_overlay(asked))
+        for (_, path), answer in zip(asked, answers, strict=True):
             if path and not isinstance(answer, ThoraxrtError):
                 render_overlay(answer, engine.manifest.preprocess).save(path)
             yield answer
 
 
 def _ask_server(
-    address: str, images: list[str], overlay: Path | None, model: str | None, stat: bool, connection: Connection
+    address: str, asked: _Asked, model: str | None, stat: bool, connection: Connection
 ) -> Iterator[Prediction | ThoraxrtError]:
     from thoraxrt.server.client import Priority
 
     priority = Priority.STAT if stat else Priority.ROUTINE
     with connection.client(address, model=model, priority=priority) as client:
-        replies = client.predict_many((Path(image) for image in images), overlay=overlay is not None)
-        for path, reply in zip(_overlay_paths(overlay, images), replies, strict=True):
+        replies = client.predict_many((Path(image) for image, _ in asked), overlay=_any_overlay(asked))
+        for (_, path), reply in zip(asked, replies, strict=True):
             if isinstance(reply, ThoraxrtError):
                 yield reply
                 continue
@@ -175,23 +198,78 @@ def _overlay_paths(folder: Path | None, images: list[str]) -> Iterator[Path | No
         yield folder / f"{stem}{again}.overlay.png" if folder else None
 
 
-class _Table:
-    """The reported findings and their boxes, an image after the other."""
+def _any_overlay(asked: _Asked) -> bool:
+    return any(path for _, path in asked)
 
-    def __init__(self) -> None:
-        from rich.table import Table
 
-        self._table = Table("image", "finding", "probability", "boxes x, y, width, height (score)")
+class _Answered:
+    """A file with a line for each image that has its answer, and nothing else: `images` are those.
+
+    Raises RequestError where it holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.images: set[str] = set()
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        whole = 0  # bytes of lines that were written to their end
+        for number, line in enumerate(self._file, 1):
+            try:
+                if line.endswith(b"\n"):
+                    self.images.add(json.loads(line)["image"])
+                    whole += len(line)
+                elif not line.startswith(_LINE[: len(line)]):
+                    raise ValueError
+            except (ValueError, TypeError, KeyError):
+                self._file.close()
+                raise RequestError(
+                    f"{path}, line {number}: expected an answer as --json prints it; name a new file"
+                ) from None
+        self._file.truncate(whole)
+
+    def add(self, image: str, line: str) -> None:
+        """Keep an answer, once."""
+        if image not in self.images:
+            self.images.add(image)
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+class _Rows:
+    """The reported findings and their boxes, shown an image after the other, as they come."""
+
+    def __init__(self, images: Sequence[str]) -> None:
+        from rich.cells import cell_len
+        from rich.console import Console
+
+        self._console = Console()
+        self._name_cells = min(max((cell_len(Path(image).name) for image in images), default=5), _NAME_CELLS)
+        self._headed = False
         self._executed: set[str] = set()
 
-    def add(self, image: str, answer: Prediction | ThoraxrtError) -> None:
-        """One image's rows."""
+    def show(self, image: str, answer: Prediction | ThoraxrtError) -> None:
+        """Print one image's rows, below the columns' names if they are the first."""
+        from rich.box import SIMPLE_HEAD
         from rich.markup import escape
+        from rich.table import Table
 
+        table = Table(box=SIMPLE_HEAD, show_edge=False, show_header=not self._headed, expand=True)
+        self._headed = True
+        for column, cells in (("image", self._name_cells), ("finding", 20), ("probability", 11)):
+            table.add_column(column, width=cells, overflow="fold")
+        table.add_column("boxes x, y, width, height (score)", ratio=1)
         name = escape(Path(image).name)
         if isinstance(answer, ThoraxrtError):
-            self._table.add_row(name, "[red]error", "", escape(str(answer)))
-            return
+            table.add_row(name, "[red]error", "", escape(str(answer)))
+            return self._print(table)
         self._executed.add(f"{answer.backend} {answer.precision}")
         reported = [finding for finding in answer.findings if finding.reported]
         for finding in reported:
@@ -200,16 +278,17 @@ class _Table:
                 for box in answer.boxes
                 if box.finding == finding.finding
             ]
-            self._table.add_row(name, finding.finding, f"{finding.probability:.3f}", "\n".join(boxes))
+            table.add_row(name, finding.finding, f"{finding.probability:.3f}", "\n".join(boxes))
             name = ""
         if not reported:
-            self._table.add_row(name, "[dim]nothing reported", "", "")
-        self._table.add_section()
+            table.add_row(name, "[dim]nothing reported", "", "")
+        self._print(table)
 
-    def show(self) -> None:
-        """Print the table, and what executed the network."""
-        from rich.console import Console
+    def end(self) -> None:
+        """Print what executed the network."""
+        self._print(f"[dim]executed by {', '.join(sorted(self._executed)) or 'nothing'}")
 
-        console = Console()
-        console.print(self._table)
-        console.print(f"[dim]executed by {', '.join(sorted(self._executed)) or 'nothing'}")
+    def _print(self, what: Any) -> None:
+        with self._console.capture() as text:
+            self._console.print(what)
+        print(text.get(), end="", flush=True)  # past a progress bar in the same terminal, as all that is printed
