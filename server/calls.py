@@ -11,20 +11,34 @@ import logging
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from thoraxrt.engine.errors import DeadlineError, RequestError, ThoraxrtError
+from thoraxrt.engine.errors import DeadlineError, OverloadedError, RequestError, ThoraxrtError
 from thoraxrt.server.scheduler import FaultError
 from thoraxrt.server.status import Status, fault, status_from_error
 from thoraxrt.server.telemetry import NullTelemetry
+from thoraxrt.server.wire import MAX_MESSAGE_BYTES
 
-__all__ = ["Calls", "deadline_of", "only_message", "status_from_exception", "whole"]
+__all__ = ["Calls", "answering", "deadline_of", "status_from_exception", "streaming", "whole"]
+
+_IMAGES: Final = frozenset({"/inference.GRPCInferenceService/ModelInfer"})
+"""Unary methods whose message brings images."""
+
+_READ_BYTES: Final = 1024 * 1024 * 1024
+"""What the unary messages that are being received may take: of those methods, and as much of the others, so that probes
+are answered while images are received. Streams are their services' to bound."""
 
 _MESSAGE_S: Final = 60.0
 """How long a unary call's message may take to arrive, whatever the call's own deadline."""
+
+_SMALL_S: Final = 5.0
+_SMALL_BYTES: Final = 64 * 1024
+"""The same without images, and the size of such a message: anybody may send one, before it is known who calls."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +71,11 @@ class Calls(grpc.aio.ServerInterceptor):
     gRPC itself would answer UNKNOWN with the exception's text, and log it.
     """
 
-    def __init__(self, telemetry: NullTelemetry) -> None:
+    def __init__(self, telemetry: NullTelemetry, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self._telemetry = telemetry
+        messages = max(_READ_BYTES // (2 * max_message_bytes), 1)  # gRPC holds one twice while it hands it over
+        self._images = _Room(messages, _MESSAGE_S, max_message_bytes)
+        self._others = _Room(messages, _SMALL_S, _SMALL_BYTES)
 
     async def intercept_service(
         self,
@@ -66,53 +83,110 @@ class Calls(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """See grpc.aio."""
-        handler: Any = await continuation(handler_call_details)
+        handler = await continuation(handler_call_details)
         if handler is None:  # no such method
             return None
         method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
-        answer = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        parse = None if handler.request_streaming else handler.request_deserializer
+        answer, room = answering(handler), self._images if method in _IMAGES else self._others
 
         async def answered(requests: Any, context: Any) -> Any:
             began, code = time.perf_counter(), grpc.StatusCode.CANCELLED
-            self._telemetry.begun(method)
-            try:
-                with self._telemetry.span(method, metadata, method=method):
-                    try:
-                        request = parse(await only_message(requests)) if parse else requests
-                        response = await _answered(answer, request, context)
-                    except (grpc.aio.AbortError, asyncio.CancelledError):
-                        code = context.code() or code
-                        raise
-                    except grpc.aio.InternalError:  # what was to be read or written cannot be: the client has gone
-                        raise asyncio.CancelledError from None
-                    except Exception as error:
-                        status = status_from_exception(method, error)
-                        code = status.code
-                        await _aborted(context, status)
-                code = context.code() or grpc.StatusCode.OK
-                return response
-            finally:
-                self._telemetry.answered(method, code.name, time.perf_counter() - began)
+            _room.set(room)
+            with self._telemetry.span(method, metadata):
+                self._telemetry.begun(method)
+                try:
+                    response = await answer(requests, context)
+                    code = context.code() or grpc.StatusCode.OK
+                    return response
+                except (grpc.aio.AbortError, asyncio.CancelledError):
+                    code = context.code() or code
+                    raise
+                except grpc.aio.InternalError:  # what was to be read or written cannot be: the client has gone
+                    raise asyncio.CancelledError from None
+                except Exception as error:
+                    status = status_from_exception(method, error)
+                    code = status.code
+                    await _aborted(context, status)
+                finally:
+                    self._telemetry.answered(method, code.name, time.perf_counter() - began)
 
-        make: Any = (  # of a stream of requests: gRPC itself would wait for a unary call's message, for ever
-            grpc.stream_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.stream_unary_rpc_method_handler
-        )
-        wrapped: _Handler = make(answered, None if parse else handler.request_deserializer, handler.response_serializer)
-        return wrapped
+        return streaming(handler, answered)
 
 
-async def only_message(requests: AsyncIterator[Any]) -> Any:
-    """A unary call's message. Raises RequestError where the call ends without one, DeadlineError where none comes."""
-    try:
-        async with asyncio.timeout(_MESSAGE_S):
-            async for request in requests:
-                return request
-    except TimeoutError:
-        raise DeadlineError(f"no message came for {_MESSAGE_S:g} s; send it with the call") from None
-    raise RequestError("the call brought no message; expected one")
+class _Room:
+    """Room for so many unary messages at a time, each of so many seconds and bytes at most."""
+
+    def __init__(self, messages: int, seconds: float, size: int) -> None:
+        self._free, self._seconds, self._size = asyncio.Semaphore(messages), seconds, size
+
+    async def message(self, requests: AsyncIterator[bytes]) -> bytes:
+        """The call's message. Raises RequestError, OverloadedError, and DeadlineError where none comes."""
+        reading: asyncio.Future[bytes | None] | None = None
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._free.acquire()
+                reading = asyncio.ensure_future(_first(requests))
+                reading.add_done_callback(self._ended)
+                message = await asyncio.shield(reading)
+        except TimeoutError:
+            if reading:
+                raise DeadlineError(f"no message came for {self._seconds:g} s; send it with the call") from None
+            raise OverloadedError("others' messages are still coming in; try again", retry_after_s=1.0) from None
+        if message is None:
+            raise RequestError("the call brought no message; expected one")
+        if (size := len(message)) > self._size:
+            del message, reading  # else the error's traceback keeps it
+            raise RequestError(f"the message has {size} bytes; expected at most {self._size} without images")
+        return message
+
+    def _ended(self, reading: asyncio.Future[bytes | None]) -> None:
+        """gRPC goes on with what it has begun to read until the call has ended, whoever still waits for it."""
+        self._free.release()
+        if not reading.cancelled():
+            reading.exception()  # which is nobody's where the call has ended
+
+
+async def _first(requests: Any) -> bytes | None:
+    async with aclosing(aiter(requests)) as messages:  # else it keeps the message as long as the call lasts
+        message: bytes | None = await anext(messages, None)
+        return message
+
+
+_room: ContextVar[_Room] = ContextVar("_room")
+"""Where the message of the call that is being answered is read."""
+
+
+def answering(handler: Any) -> Callable[[Any, Any], Awaitable[Any]]:
+    """What answers a handler's call from the stream of its requests; a response that is a stream has then been written.
+
+    A unary call's message is read here: whoever has something to see to before that does so before calling it.
+    """
+    answer = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    parse = handler.request_deserializer or bytes
+
+    async def answered(requests: Any, context: Any) -> Any:
+        request = requests if handler.request_streaming else parse(await _room.get().message(requests))
+        if not inspect.isasyncgenfunction(answer):
+            return await answer(request, context)
+        async with aclosing(answer(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+        return None
+
+    return answered
+
+
+def streaming(handler: Any, answer: Callable[[Any, Any], Awaitable[Any]]) -> _Handler:
+    """The handler with another answer, which gets the stream of the call's requests.
+
+    Of a stream, because gRPC itself would read a unary call's message first, and wait for it for ever.
+    """
+    make: Any = (
+        grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    )
+    parse = handler.request_deserializer if handler.request_streaming else None
+    streamed: _Handler = make(answer, parse, handler.response_serializer)
+    return streamed
 
 
 def deadline_of(context: Any) -> float | None:
@@ -142,12 +216,3 @@ async def _aborted(context: Any, status: Status) -> None:
         await context.abort(*status)
     except grpc.aio.InternalError:
         raise asyncio.CancelledError from None
-
-
-async def _answered(answer: Any, request: Any, context: Any) -> Any:
-    """The response; where it is a stream, all of it has been written."""
-    if not inspect.isasyncgenfunction(answer):
-        return await answer(request, context)
-    async for response in answer(request, context):
-        await context.write(response)
-    return None

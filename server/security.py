@@ -8,15 +8,13 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
-from inspect import isasyncgenfunction
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import grpc
 
 from thoraxrt.engine.errors import AccessError, AuthenticationError, AuthorizationError, RequestError
-from thoraxrt.server.calls import only_message
+from thoraxrt.server.calls import answering, streaming
 from thoraxrt.server.certificates import TlsOptions, principal_from_certificate
 from thoraxrt.server.oidc import Oidc, OidcOptions
 from thoraxrt.server.principal import ANONYMOUS, Principal, Role, current_principal
@@ -38,7 +36,7 @@ Access = Role | Literal["open"]
 _HEALTH: Final = frozenset(
     f"/{service}/{method}"
     for service, methods in {
-        "grpc.health.v1.Health": ("Check", "List", "Watch"),
+        "grpc.health.v1.Health": ("Check", "Watch"),
         "inference.GRPCInferenceService": ("ServerLive", "ServerReady", "ModelReady"),
     }.items()
     for method in methods
@@ -154,26 +152,15 @@ def _bearer_token(metadata: Sequence[tuple[str, str | bytes]]) -> str | None:
     return token.strip()
 
 
-def log_refusal(method: str, peer: str, error: AccessError) -> None:
-    """What becomes of a refusal where nothing else is wanted: a line in the log."""
-    _log.warning("refused %s to %s: %s", method, peer, error)
-
-
 class AccessInterceptor(grpc.aio.ServerInterceptor):
     """Lets a call reach its handler once its caller is known and has the role; else raises AccessError in its place.
 
-    It raises before the first message is read, in a unary call too, where gRPC would read the whole message first.
-    What is raised becomes a status in `thoraxrt.server.calls`, which must come before this one. The handler finds the
-    caller in `current_principal`; `refused` gets the method, the peer and the error of each refusal.
+    It raises before the first message is read, in a unary call too. What is raised becomes a status in
+    `thoraxrt.server.calls`, which must come before this one. The handler finds the caller in `current_principal`.
     """
 
-    def __init__(
-        self,
-        authenticator: Authenticator,
-        options: SecurityOptions,
-        refused: Callable[[str, str, AccessError], None] = log_refusal,
-    ) -> None:
-        self._authenticator, self._options, self._refused = authenticator, options, refused
+    def __init__(self, authenticator: Authenticator, options: SecurityOptions) -> None:
+        self._authenticator, self._options = authenticator, options
 
     async def intercept_service(
         self,
@@ -181,34 +168,22 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """See grpc.aio."""
-        handler: Any = await continuation(handler_call_details)
+        handler = await continuation(handler_call_details)
         method = handler_call_details.method
         access = required_role(method, self._options)
         if handler is None or access == "open":
-            return handler  # type: ignore[no-any-return]  # Any, because typed as the synchronous server's
+            return handler
         metadata: Any = handler_call_details.invocation_metadata
-        answer = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        answer = answering(handler)
 
         async def answer_if_allowed(requests: Any, context: _Context) -> Any:
             current_principal.set(await self._allowed(method, access, metadata, context))
-            request = requests if handler.request_streaming else await only_message(requests)
-            if not isasyncgenfunction(answer):
-                return await answer(request, context)
-            async with aclosing(answer(request, context)) as responses:
-                async for response in responses:
-                    await context.write(response)
-            return None
+            return await answer(requests, context)
 
-        make: Any = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.stream_unary_rpc_method_handler
-        )
-        guarded: _Handler = make(answer_if_allowed, handler.request_deserializer, handler.response_serializer)
-        return guarded
+        return streaming(handler, answer_if_allowed)
 
     async def _allowed(self, method: str, role: Role, metadata: Any, context: _Context) -> Principal:
-        """Who calls, where they have the role. Raises AccessError."""
+        """Who calls, where they have the role; else the log says who lacks it. Raises AccessError."""
         try:
             principal = await self._authenticator.authenticate(metadata, context.auth_context())
             if role not in principal.roles:
@@ -216,8 +191,10 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                     f"{principal.name!r} lacks the role {role}, which {method} needs: ask the server's operator"
                 )
         except AccessError as error:
-            self._refused(method, context.peer(), error)
+            _log.warning("refused %s: %s", method, error)  # not where from: that is the audit log's, where it is wanted
             raise
+        if role == "admin":
+            _log.info("%r calls %s", principal.name, method)
         return principal
 
 

@@ -14,8 +14,9 @@ import secrets
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -34,9 +35,9 @@ from thoraxrt.engine.execute import DeviceMemory
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Tracer
 
 __all__ = [
-    "SPAN_ATTRIBUTES",
     "MetricsEndpoint",
     "NullTelemetry",
     "Telemetry",
@@ -48,11 +49,6 @@ __all__ = [
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The server's own number of the call that is being answered; empty outside of calls. Every log line carries it."""
 
-SPAN_ATTRIBUTES: Final = frozenset(
-    {"backend", "batch", "code", "images", "method", "model", "precision", "priority", "stage", "version"}
-)
-"""What a span may say, for which nobody has to look at its values to know that no patient is named."""
-
 # Three or four steps a decade, so that `top` and a dashboard can interpolate a percentile to some 20 %.
 _SECONDS: Final = tuple(
     round(step * 10.0**power, 5) for power in range(-4, 2) for step in (1, 1.5, 2, 3, 5, 7) if step * 10.0**power <= 60
@@ -63,10 +59,13 @@ _SCRAPE_S: Final = 5.0  # a client that says nothing for so long is cut off
 _LINES: Final = 10_000
 
 _SHOWN: Final = frozenset({"thoraxrt", "opentelemetry"})
-"""Packages whose messages quote nothing of an image or a patient: a span has only SPAN_ATTRIBUTES to quote."""
+"""Packages whose messages quote nothing of an image or a patient: a span has none of it to quote."""
 
 _TEMPLATES: Final = frozenset({"asyncio", "grpc"})
 """Packages that log through templates whose first line is their own words; pydicom's, say, quote the file."""
+
+_FAULTS: Final = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+"""Codes that make a server's span an error: OpenTelemetry's semantic conventions for gRPC, "gRPC status"."""
 
 _CALL_LOG: Final = logging.getLogger("thoraxrt.server.calls")
 _log = logging.getLogger(__name__)
@@ -79,8 +78,11 @@ class NullTelemetry:
     what a client asked for: each new value is kept for as long as the process runs.
     """
 
-    def stage(self, model: str, stage: str, seconds: float) -> None:
-        """One image spent so long in a stage: read, queue, decode, batch_wait, network, draw or write."""
+    def stage(self, model: str, stage: str, seconds: float, ended: float | None = None) -> None:
+        """One image spent so long in a stage: read, queue, decode, batch_wait, network, draw or write.
+
+        Until `ended`, by `time.monotonic`; without, until now. Reported within a call, it is in the call's trace.
+        """
 
     def batch(self, model: str, size: int) -> None:
         """A batch of so many images has gone to the engine."""
@@ -115,13 +117,10 @@ class NullTelemetry:
     def gpu_memory(self, read: Callable[[], Iterable[DeviceMemory]]) -> None:
         """Ask `read` at every scrape, in the scrape's thread; a BackendError from it leaves the GPUs out."""
 
-    def span(
-        self, name: str, metadata: Iterable[tuple[str, str | bytes]] = (), /, **attributes: str | int | float | bool
-    ) -> AbstractContextManager[None]:
-        """A trace's span around the block, a child of the one around it.
+    def span(self, method: str, metadata: Iterable[tuple[str, str | bytes]] = ()) -> AbstractContextManager[None]:
+        """A trace's span around a call; `stage` and `answered` in the block tell it what there is to tell.
 
-        Of a call's `metadata` the W3C `traceparent` and `tracestate` are read, and the client's span becomes the
-        parent. Raises ValueError for an attribute that is not one of SPAN_ATTRIBUTES.
+        Of the `metadata` the W3C `traceparent` and `tracestate` are read, and the client's span becomes the parent.
         """
         return nullcontext()
 
@@ -170,9 +169,18 @@ class Telemetry(NullTelemetry):
         gauge("thoraxrt_build_info", "1; the server's version.", ("version",)).labels(__version__).set(1)
         ProcessCollector(registry=self.registry)  # CPU time, resident memory, descriptors, start time
 
-    def stage(self, model: str, stage: str, seconds: float) -> None:
+    def stage(self, model: str, stage: str, seconds: float, ended: float | None = None) -> None:
         """See NullTelemetry."""
         self._stage.labels(model, stage).observe(seconds)
+        if self._tracer is None:
+            return
+        from opentelemetry.trace import get_current_span
+
+        if get_current_span().is_recording():
+            ago = 0.0 if ended is None else time.monotonic() - ended
+            end = time.time_ns() - int(1e9 * ago)
+            began = end - int(1e9 * seconds)
+            self._tracer.start_span(stage, attributes={"model": model, "stage": stage}, start_time=began).end(end)
 
     def batch(self, model: str, size: int) -> None:
         """See NullTelemetry."""
@@ -198,6 +206,13 @@ class Telemetry(NullTelemetry):
         if _CALL_LOG.isEnabledFor(logging.INFO):
             call = {"method": method, "code": code, "ms": round(1000 * seconds, 3)}
             _CALL_LOG.info("%s %s in %.3f ms", method, code, 1000 * seconds, extra={"call": call})
+        if self._tracer is not None:
+            from opentelemetry.trace import StatusCode, get_current_span
+
+            span = get_current_span()
+            span.set_attribute("code", code)
+            if code in _FAULTS:
+                span.set_status(StatusCode.ERROR)
 
     def worker_restarted(self) -> None:
         """See NullTelemetry."""
@@ -229,34 +244,25 @@ class Telemetry(NullTelemetry):
         """See NullTelemetry."""
         self.registry.register(_GpuCollector(read))
 
-    def span(
-        self, name: str, metadata: Iterable[tuple[str, str | bytes]] = (), /, **attributes: str | int | float | bool
-    ) -> AbstractContextManager[None]:
+    def span(self, method: str, metadata: Iterable[tuple[str, str | bytes]] = ()) -> AbstractContextManager[None]:
         """See NullTelemetry."""
-        if self._tracer is None:
-            return nullcontext()
-        if unknown := attributes.keys() - SPAN_ATTRIBUTES:
-            raise ValueError(f"span attributes {sorted(unknown)}; expected some of {sorted(SPAN_ATTRIBUTES)}")
-        return self._span(name, metadata, attributes)
+        return nullcontext() if self._tracer is None else self._span(self._tracer, method, metadata)
 
     @contextmanager
-    def _span(
-        self, name: str, metadata: Iterable[tuple[str, str | bytes]], attributes: Mapping[str, Any]
-    ) -> Iterator[None]:
-        from opentelemetry.trace import Status, StatusCode
+    def _span(self, tracer: Tracer, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Iterator[None]:
+        from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        assert self._tracer is not None
         carrier = {key: value for key, value in metadata if key in ("traceparent", "tracestate")}
-        parent = TraceContextTextMapPropagator().extract(carrier) if carrier else None  # None: the one around it
-        with self._tracer.start_as_current_span(
-            name, parent, attributes=attributes, record_exception=False, set_status_on_exception=False
-        ) as span:
-            try:
-                yield
-            except BaseException as error:  # its type only: what it says may quote the image or the patient
-                span.set_status(Status(StatusCode.ERROR, type(error).__name__))
-                raise
+        client = TraceContextTextMapPropagator().extract(carrier)
+        kind, said = (
+            SpanKind.SERVER,
+            {"method": method},
+        )  # of an exception nothing: it may quote the image or the patient
+        with tracer.start_as_current_span(
+            method, client, kind, said, record_exception=False, set_status_on_exception=False
+        ):
+            yield
 
     def close(self) -> None:
         """See NullTelemetry."""

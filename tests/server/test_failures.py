@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import hashlib
@@ -10,6 +11,7 @@ import logging
 import os
 import socket
 import struct
+import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,7 @@ from thoraxrt.engine.errors import (
     ImageContentError,
     ImageFormatError,
     ImageLimitError,
+    OverloadedError,
     RequestError,
     ServerError,
     ThoraxrtError,
@@ -324,18 +327,64 @@ READS_ONE: Final = (
 
 
 @pytest.mark.parametrize("path", READS_ONE)
-def test_a_call_without_its_message_ends_also_where_it_has_no_deadline(channel, path, monkeypatch):
-    with pytest.raises(grpc.RpcError, match="the call brought no message; expected one") as caught:
-        channel.stream_unary(path)(iter(()))
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+def test_a_call_without_its_message_ends_also_where_it_has_no_deadline(engine, path, monkeypatch):
     monkeypatch.setattr(calls, "_MESSAGE_S", 0.2)
+    monkeypatch.setattr(calls, "_SMALL_S", 0.2)
     ended = threading.Event()
-    coming = channel.stream_unary(path).future(iter(ended.wait, True))  # for ever
-    try:
-        assert coming.exception(timeout=20).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert "no message came for 0.2 s" in coming.exception().details()
-    finally:
+    with running_server(engine) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.RpcError, match="the call brought no message; expected one") as caught:
+            channel.stream_unary(path)(iter(()))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        coming = channel.stream_unary(path).future(iter(ended.wait, True))  # for ever
+        try:
+            assert coming.exception(timeout=20).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "no message came for 0.2 s" in coming.exception().details()
+        finally:
+            ended.set()
+
+
+def test_unary_messages_come_in_by_turns_and_probes_beside_them(engine, told, monkeypatch):
+    monkeypatch.setattr(calls, "_READ_BYTES", 1)  # room for one
+    infer, probe = "/inference.GRPCInferenceService/ModelInfer", "/grpc.health.v1.Health/Check"
+    ended = threading.Event()
+    with running_server(engine, telemetry=told) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        first = channel.stream_unary(infer).future(iter(ended.wait, True))
+        told.wait_for("begun", infer)
+        second = channel.unary_unary(infer).future(b"")
+        told.wait_for("begun", infer)
+        for _ in range(5):
+            assert channel.unary_unary(probe)(b"", timeout=20)
+            told.wait_for("answered", "OK")
+        assert "INVALID_ARGUMENT" not in told.heard("answered")
+        first.cancel()
+        assert second.exception(timeout=20).code() is grpc.StatusCode.INVALID_ARGUMENT
         ended.set()
+
+
+def test_who_gets_no_turn_is_told_to_come_again_and_what_is_too_large_is_not_kept():
+    room, large = calls._Room(1, 0.2, 10), bytes(11)
+
+    async def nothing_comes():
+        await asyncio.Event().wait()
+        yield b""
+
+    async def comes(message: bytes):
+        yield message
+
+    async def check() -> None:
+        assert await room.message(comes(b"x")) == b"x"
+        before = sys.getrefcount(large)
+        with pytest.raises(RequestError, match="the message has 11 bytes; expected at most 10") as refused:
+            await room.message(comes(large))
+        await asyncio.sleep(0)  # the step that gave it ends
+        assert sys.getrefcount(large) == before, refused
+        with pytest.raises(DeadlineError, match=r"no message came for 0\.2 s"):
+            await room.message(nothing_comes())
+        with pytest.raises(OverloadedError, match="others' messages are still coming in") as overloaded:
+            await room.message(comes(b"x"))  # gRPC goes on with the one before it
+        assert overloaded.value.retry_after_s == 1.0
+
+    asyncio.run(check())
 
 
 def test_a_body_that_does_not_come_loses_its_room_at_the_servers_deadline(engine, radiograph):
