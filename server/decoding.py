@@ -45,6 +45,7 @@ __all__ = ["ProcessDecoder", "WorkerLimits"]
 _COMMAND: Final = (sys.executable, "-P", "-m", "thoraxrt.server.decoding")
 
 _START_S: Final = 30.0  # for an interpreter and its imports, 0.3 to 1 s where the disk is not cold
+_SPARED_S: Final = 1.0  # for a file that nobody waits for any more: less would cost more, in new workers
 _ATTEMPTS: Final = 3  # to replace a worker, before it counts as impossible
 _BACKOFF_S: Final = 0.1  # after a failed start, doubled up to the longest
 _LONGEST_BACKOFF_S: Final = 5.0
@@ -138,8 +139,11 @@ class ProcessDecoder:
             raise BackendUnavailableError(reason)
 
     def submit(self, data: bytes) -> Future[Radiograph]:
-        """Start decoding one file; the future gives what `decode` returns or raises."""
-        future: Future[Radiograph] = Future()
+        """Start decoding one file; the future gives what `decode` returns or raises.
+
+        Where it is cancelled too late for that, it still gives so, or an ImageError within a second.
+        """
+        future = _Decoding()
         with self._submitting:
             if self._closing.is_set():
                 raise RuntimeError("the decoder is closed")
@@ -204,7 +208,7 @@ class ProcessDecoder:
                 self._jobs.put(job)
             elif job.future.set_running_or_notify_cancel():
                 try:
-                    radiograph = worker.decode(job.data)
+                    radiograph = worker.decode(job.data, job.future)
                 except BaseException as error:
                     job.future.set_exception(error)
                 else:
@@ -252,9 +256,19 @@ class ProcessDecoder:
         return self._failing[-1] if all(self._failing) else None
 
 
+class _Decoding(Future[Radiograph]):
+    """A file's future, which remembers that it was cancelled even where that came too late."""
+
+    unwanted = False
+
+    def cancel(self) -> bool:
+        self.unwanted = True
+        return super().cancel()
+
+
 @dataclass(slots=True, eq=False)
 class _Job:
-    future: Future[Radiograph]
+    future: _Decoding
     data: bytes
     put_back: int = field(default=0, init=False)
 
@@ -309,6 +323,7 @@ class _Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 _Reply = _Decoded | _Refused
 
 _SLOW: Final = "it is too slow"
+_UNWANTED: Final = "nobody waits for it any more"
 _DIED: Final = "it died"
 
 
@@ -367,7 +382,6 @@ class _Worker:
             return "it is not ready"
         if said == _READY:
             self._process.stderr.close()
-            self._socket.settimeout(self._order.worker_limits.seconds)
             return None
         self._process.kill()
         status = self._process.wait()
@@ -379,9 +393,9 @@ class _Worker:
         """Whether the process still runs."""
         return self._process.poll() is None
 
-    def decode(self, data: bytes) -> Radiograph:
+    def decode(self, data: bytes, future: _Decoding) -> Radiograph:
         """What `thoraxrt.engine.decode.decode` gives or raises; the worker is ended where it does neither."""
-        said = self._answer(data)
+        said = self._answer(data, future)
         try:
             reply = self._checked(said)
             radiograph = self._radiograph(reply) if isinstance(reply, _Decoded) else None
@@ -395,21 +409,30 @@ class _Worker:
             raise getattr(errors, reply.error)(reply.message)
         return radiograph
 
-    def _answer(self, data: bytes) -> bytes:
+    def _answer(self, data: bytes, future: _Decoding) -> bytes:
         """The packet that answers a file."""
         if os.pwrite(self._memory, data, 0) != len(data):  # else what an earlier file left would be decoded
             raise ImageLimitError(f"not enough memory for a file of {len(data)} bytes; expected less: downscale it")
         self._requests += 1
         try:
             self._socket.send(_REQUEST.pack(self._requests, len(data)))
-            said = self._socket.recv(_REPLY_BYTES)
-        except TimeoutError:
-            self._lose(_SLOW)
+            said = self._said(future)
         except OSError:  # its end is closed
             said = b""
         if not said:
             self._lose(_DIED)
         return said
+
+    def _said(self, future: _Decoding) -> bytes:
+        until = time.monotonic() + self._order.worker_limits.seconds
+        while (left := until - time.monotonic()) > 0:
+            self._socket.settimeout(min(left, _SPARED_S))
+            try:
+                return self._socket.recv(_REPLY_BYTES)
+            except TimeoutError:
+                if future.unwanted:
+                    self._lose(_UNWANTED)
+        self._lose(_SLOW)
 
     def _checked(self, said: bytes) -> _Reply:
         """The reply, within its bounds. Raises MsgspecError, ValueError or ImageLimitError for any other."""

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 from thoraxrt.engine.bundle import MANIFEST, Bundle
 from thoraxrt.engine.decode import Decoder, Radiograph
@@ -31,11 +32,11 @@ from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.errors import BackendError, BundleError, ModelNotFoundError, ServerError, ThoraxrtError
 from thoraxrt.engine.execute import DeviceMemory
 from thoraxrt.engine.receipt import require_parity
-from thoraxrt.server import scheduler
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.scheduler import Scheduler
+from thoraxrt.server.telemetry import NullTelemetry
 
-__all__ = ["EngineOptions", "Loaded", "ModelState", "ModelStatus", "Models", "Telemetry"]
+__all__ = ["EngineOptions", "Loaded", "ModelState", "ModelStatus", "Models"]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
@@ -46,19 +47,6 @@ _TRIES: Final = 3
 _UNLOADED: Final = "unloaded by request"
 
 _log = logging.getLogger(__name__)
-
-
-class Telemetry(scheduler.Telemetry, Protocol):
-    """What is reported of the models beside what their schedulers report."""
-
-    def loaded(self, model: str, version: str, *, sha256: str, backend: str, precision: str) -> None:
-        """A version is served now, in the place of the same one's earlier bundle if there was one."""
-
-    def unloaded(self, model: str, version: str) -> None:
-        """A version is not served any more."""
-
-    def load_failed(self, model: str) -> None:
-        """A version's bundle has been refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,8 +152,8 @@ class Models:
 
     `path` is either; `decoder` is shared by all models and stays its owner's, to be closed after them. Of each model
     the `latest` highest versions are served that can be loaded, all for None. What is replaced or unloaded has
-    `grace_s` seconds to answer its requests; those that are left then get ServerError. With `poll_s`, the folder is
-    looked at so often, from `start` on.
+    the longest deadline of a request to answer all it has, and `grace_s` seconds once the models are closed; what is
+    left then gets ServerError. With `poll_s`, the folder is looked at so often, from `start` on.
 
     All methods are for one event loop's thread, and none is slow there. Those that load or unload run one after the
     other, so that there are never more engines than are served and one more. Each goes on to its end where its caller
@@ -183,11 +171,11 @@ class Models:
         path: Path,
         decoder: Decoder,
         batching: BatchingOptions,
-        telemetry: Telemetry,
+        telemetry: NullTelemetry,
         *,
         engine: EngineOptions = _DEFAULT_ENGINE,
         latest: int | None = 1,
-        grace_s: float = 60.0,
+        grace_s: float = 10.0,
         poll_s: float | None = None,
     ) -> None:
         if latest is not None and latest < 1:
@@ -197,6 +185,7 @@ class Models:
         self._decoder = decoder
         self._batching = batching
         self._telemetry = telemetry
+        self._queued: Counter[str] = Counter()  # images in the server, by model
         self._engine = engine
         self._latest = latest
         self._grace_s = grace_s
@@ -205,6 +194,7 @@ class Models:
         self._asked: dict[tuple[str, int | None], bool] = {}  # to be served or not, whatever the policy says
         self._turn = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
+        self._retiring: set[asyncio.Timeout] = set()
         self._polling: asyncio.Task[None] | None = None
         self._loaded = False  # for the first time
         self._was_ready = False
@@ -326,6 +316,10 @@ class Models:
         self._closing = True
         if self._polling:
             self._polling.cancel()
+        until = asyncio.get_running_loop().time() + self._grace_s
+        for timeout in self._retiring:
+            if not timeout.expired() and (timeout.when() or 0.0) > until:
+                timeout.reschedule(until)
         await self._change(self._close)
 
     async def __aenter__(self) -> Self:
@@ -482,7 +476,7 @@ class Models:
         engine = await asyncio.to_thread(self._open, folder, old.loaded.bundle.sha256 if old else "")
         if engine is None:
             return
-        scheduler = Scheduler(engine, self._decoder, self._batching, self._telemetry, model=name)
+        scheduler = Scheduler(engine, self._decoder, self._batching, self._telemetry, model=name, queued=self._queued)
         loaded = Loaded(name=name, version=version, bundle=engine.bundle, engine=engine, scheduler=scheduler)
         try:
             await scheduler.warm_up()
@@ -534,13 +528,17 @@ class Models:
     async def _retire(self, served: _Served) -> None:
         """Wait for those who use a model that nobody gets any more, within the grace; then close it."""
         loaded = served.loaded
+        grace_s = self._grace_s if self._closing else self._batching.longest_deadline_s
         try:
-            async with asyncio.timeout(self._grace_s):
+            async with asyncio.timeout(grace_s) as timeout:
+                self._retiring.add(timeout)
                 while served.users:
                     await served.unused.wait()
-                await loaded.scheduler.drain(self._grace_s)
+                await loaded.scheduler.drain(grace_s)
         except TimeoutError:
-            _log.warning("%s version %d was still in use after %g s", loaded.name, loaded.version, self._grace_s)
+            _log.warning("%s version %d was still in use when its time was over", loaded.name, loaded.version)
+        finally:
+            self._retiring.discard(timeout)
         await _close(loaded)
 
 

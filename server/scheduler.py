@@ -12,13 +12,13 @@ import logging
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,26 +28,11 @@ from thoraxrt.engine.engine import Batch, Engine, Prediction
 from thoraxrt.engine.errors import DeadlineError, ServerError, ThoraxrtError
 from thoraxrt.engine.execute import NetworkInput
 from thoraxrt.server.batching import Batcher, BatchingOptions, Job, Priority, RefusedError, Ticket
+from thoraxrt.server.telemetry import NullTelemetry
 
-__all__ = ["FaultError", "Scheduler", "Telemetry"]
+__all__ = ["FaultError", "Scheduler"]
 
 _log = logging.getLogger(__name__)
-
-
-class Telemetry(Protocol):
-    """What a scheduler reports, from any thread; `model` is the scheduler's."""
-
-    def stage(self, model: str, stage: str, seconds: float) -> None:
-        """One image spent so long in a stage: queue, decode, batch_wait or network."""
-
-    def batch(self, model: str, size: int) -> None:
-        """A batch of so many images has gone to the engine."""
-
-    def refused(self, model: str, reason: str) -> None:
-        """An image was not admitted (images, bytes, client, deadline), or its deadline passed (expired)."""
-
-    def queue(self, model: str, depth: int) -> None:
-        """So many images are in the server now."""
 
 
 class FaultError(Exception):
@@ -57,7 +42,7 @@ class FaultError(Exception):
 class _Item:
     """What the policy carries of one image: its bytes until they are handed to the decoder, its pixels after it."""
 
-    __slots__ = ("answer", "cam", "findings", "image", "picture")
+    __slots__ = ("answer", "cam", "decoding", "findings", "image", "picture")
 
     def __init__(
         self,
@@ -70,6 +55,7 @@ class _Item:
         self.findings = findings
         self.cam = cam
         self.answer = answer
+        self.decoding: Future[Any] | None = None
         self.picture: Radiograph | NetworkInput | None = None
 
 
@@ -79,8 +65,8 @@ _Answer = Prediction | Exception
 class Scheduler:
     """Answers one model's images in the order and the batches that `BatchingOptions` ask for.
 
-    Engine and decoder stay their owner's, and are to be closed after the scheduler. `model` names it in `telemetry`.
-    All methods are for one event loop's thread, and none of them is slow there.
+    Engine and decoder stay their owner's, and are to be closed after the scheduler. `model` names it in `telemetry`;
+    `queued` counts each model's images in the server, and is one for all who may report the same model. All methods are for one event loop's thread, and none of them is slow there.
 
     Example:
         scheduler = Scheduler(engine, engine.decoder, BatchingOptions(), telemetry, model="chexnet")
@@ -97,9 +83,10 @@ class Scheduler:
         engine: Engine,
         decoder: Decoder,
         options: BatchingOptions,
-        telemetry: Telemetry,
+        telemetry: NullTelemetry,
         *,
         model: str = "default",
+        queued: Counter[str] | None = None,
     ) -> None:
         if engine.buckets:
             options = replace(options, max_batch=engine.buckets[-1], buckets=tuple(sorted({1, *engine.buckets})))
@@ -108,6 +95,8 @@ class Scheduler:
         self._engine = engine
         self._decoder = decoder
         self._telemetry = telemetry
+        self._queued = Counter() if queued is None else queued
+        self._counted = 0  # of the images in it, this scheduler's
         self._policy: Batcher[_Item] = Batcher(options, ahead=engine.ahead)
         self._changed = threading.Condition(threading.Lock())  # around the policy and `_closed`
         self._closed = False
@@ -130,21 +119,29 @@ class Scheduler:
 
     # On the event loop
 
-    def admit(self, deadline_s: float | None, priority: Priority, client: str, images: int = 1) -> Ticket[_Item]:
+    def admit(
+        self, deadline_s: float | None, priority: Priority, client: str, images: int = 1, *, final: bool = True
+    ) -> Ticket[_Item]:
         """Make room for a request before it is read; see `Batcher.admit`. `release` it in any case.
 
-        Raises OverloadedError, DeadlineError or RequestError, and ServerError while the model is not served.
+        Who goes on asking has the refusals before the `final` one not counted. Raises RefusedError, DeadlineError or
+        RequestError, and ServerError while the model is not served.
         """
         if self._refusal:
-            raise ServerError(f"{self._refusal}; try again later, or another server")
+            raise self._unserved()
         try:
             with self._changed:
                 ticket = self._policy.admit(deadline_s, priority, client, images)
         except RefusedError as error:
-            self._telemetry.refused(self.model, error.reason)
+            if final:
+                self._telemetry.refused(self.model, error.reason)
             raise
+        self._note_depth()
         self._watch(ticket.deadline)
         return ticket
+
+    def _unserved(self) -> ServerError:
+        return ServerError(f"{self._refusal}; try again later, or another server")
 
     async def predict(
         self,
@@ -159,6 +156,8 @@ class Scheduler:
         Raises what the image or the engine met (ThoraxrtError, FaultError), OverloadedError where too many bytes
         wait, DeadlineError once the deadline has passed, ServerError where the scheduler is closed before.
         """
+        if self._refusal and not ticket.expected:  # its room was taken back while the image was being received
+            raise self._unserved()
         self._engine.check_findings(findings)
         size = len(image) if isinstance(image, bytes) else image.array.nbytes
         item = _Item(image, findings, cam, self._loop.create_future())
@@ -169,21 +168,21 @@ class Scheduler:
         except RefusedError as error:
             self._telemetry.refused(self.model, error.reason)
             raise
-        self._telemetry.queue(self.model, self._policy.images)
         self._feed()
         try:
             return await item.answer
         except asyncio.CancelledError:
             with self._changed:
                 self._policy.drop(job)
-            self._check_empty()
+            self._stop_decoding(job)
+            self._note_depth()
             raise
 
     def release(self, ticket: Ticket[_Item]) -> None:
         """Give back the room of the images that a ticket's request did not bring."""
         with self._changed:
             self._policy.release(ticket)
-        self._check_empty()
+        self._note_depth()
 
     async def drain(self, grace_s: float) -> None:
         """Admit nothing more and answer what has been admitted, for at most `grace_s` seconds.
@@ -192,7 +191,7 @@ class Scheduler:
         """
         self._refusal = "the model is being unloaded"
         self._empty = asyncio.Event()
-        self._check_empty()
+        self._note_depth()
         try:
             await asyncio.wait_for(self._empty.wait(), grace_s)
         except TimeoutError:
@@ -216,6 +215,8 @@ class Scheduler:
             jobs = self._policy.abandon()
         error = ServerError("the model was unloaded before this image's turn; try again later, or another server")
         self._deliver([(job.item, error) for job in jobs])
+        for job in jobs:
+            self._stop_decoding(job)
 
     def _watch(self, deadline: float | None) -> None:
         """Have `_expire` called at the deadline, or earlier."""
@@ -232,6 +233,7 @@ class Scheduler:
         with self._changed:
             jobs, deadline = self._policy.expired(), self._policy.next_deadline()
         self._report_late(jobs)
+        self._note_depth()
         self._watch(deadline)
 
     def _deliver(self, answers: Sequence[tuple[_Item, _Answer]]) -> None:
@@ -242,10 +244,15 @@ class Scheduler:
                 item.answer.set_exception(answer)
             else:
                 item.answer.set_result(answer)
-        self._check_empty()
+        self._note_depth()
 
-    def _check_empty(self) -> None:
-        if self._empty and not self._policy.images:
+    def _note_depth(self) -> None:
+        images = self._policy.images
+        if images != self._counted:
+            self._queued[self.model] += images - self._counted
+            self._counted = images
+            self._telemetry.queue(self.model, self._queued[self.model])
+        if self._empty and not images:
             self._empty.set()
 
     # In any thread
@@ -254,7 +261,9 @@ class Scheduler:
         """Hand the decoder what the policy says, as long as it says something."""
         while job := self._next_to_decode():
             self._telemetry.stage(self.model, "queue", job.decode_began - job.entered)
-            decoding = self._submitted(job.item)
+            job.item.decoding = decoding = self._submitted(job.item)
+            if job.dropped:  # meanwhile, so that it could not be cancelled
+                decoding.cancel()
             if decoding.done():  # without a callback, which would come back here once more for each image
                 self._decoded(job, decoding)
             else:
@@ -279,12 +288,20 @@ class Scheduler:
         self._decoded(job, decoding)
         self._feed()
 
+    def _stop_decoding(self, job: Job[_Item]) -> None:
+        """Have an image that has been dropped decoded no further."""
+        if decoding := job.item.decoding:
+            decoding.cancel()
+
     def _decoded(self, job: Job[_Item], decoding: Future[Any]) -> None:
         error: Exception | None = None
+        job.item.decoding = None
         try:
             job.item.picture = decoding.result()
         except ThoraxrtError as its_own:
             error = its_own
+        except CancelledError as cancelled:
+            error = None if job.dropped else _logged("the decoder", cancelled)
         except Exception as fault:
             error = _logged("the decoder", fault)
         with self._changed:
@@ -305,6 +322,8 @@ class Scheduler:
             self._telemetry.refused(self.model, "expired")
         error = DeadlineError("the answer would come after the deadline; try again, or allow the call more time")
         self._post([(job.item, error) for job in jobs])
+        for job in jobs:
+            self._stop_decoding(job)
 
     def _post(self, answers: Sequence[tuple[_Item, _Answer]]) -> None:
         with suppress(RuntimeError):  # the loop has ended, and nobody waits
@@ -373,9 +392,7 @@ class Scheduler:
         ended = time.monotonic()
         with self._changed:
             self._policy.batch_done()
-            depth = self._policy.images
         self._post(answers)
-        self._telemetry.queue(self.model, depth)
         for job in jobs:
             self._telemetry.stage(self.model, "batch_wait", job.batch_began - job.decode_ended)
             self._telemetry.stage(self.model, "network", ended - job.batch_began)

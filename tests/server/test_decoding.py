@@ -396,10 +396,20 @@ def test_cancelled_files_are_not_decoded(others: set[int]) -> None:
         first, second, third = (decoder.submit(PNG) for _ in range(3))
         until(first.running)
         assert second.cancel()
-        assert not first.cancel()
         os.kill(worker, signal.SIGCONT)
         assert first.result(WAIT).width == third.result(WAIT).width == 48
         assert second.cancelled()
+
+
+def test_a_file_that_hangs_is_given_up_once_nobody_waits_for_it(others: set[int]) -> None:
+    with ProcessDecoder(1) as decoder:
+        os.kill(only_worker(others), signal.SIGSTOP)
+        hung, next_one = decoder.submit(PNG), decoder.submit(PNG)
+        until(hung.running)
+        assert not hung.cancel()
+        assert next_one.result(WAIT).width == 48
+        with pytest.raises(ImageFormatError, match="nobody waits for it any more"):
+            hung.result(0)
 
 
 def test_close_finishes_what_runs_and_cancels_what_waits(others: set[int]) -> None:

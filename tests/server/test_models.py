@@ -134,11 +134,12 @@ async def models_of(
     *,
     trusted: list[Path] | None = None,
     require_parity: bool = False,
+    batching: BatchingOptions = BATCHING,
     **options: Any,
 ) -> AsyncIterator[Models]:
     engine = EngineOptions(backend="onnxruntime", trusted=trusted, require_parity=require_parity)
     with ThreadDecoder(1) as decoder:
-        async with Models(path, decoder, BATCHING, telemetry or NullTelemetry(), engine=engine, **options) as models:
+        async with Models(path, decoder, batching, telemetry or NullTelemetry(), engine=engine, **options) as models:
             yield models
 
 
@@ -689,17 +690,63 @@ def test_the_queue_is_answered_although_its_leases_have_ended(
     run(scenario)
 
 
-def test_who_holds_it_beyond_the_grace_gets_an_error(repository: Repository, opened: Opened, radiograph: Any) -> None:
+def test_who_holds_it_beyond_the_longest_deadline_gets_an_error(
+    repository: Repository, opened: Opened, radiograph: Any
+) -> None:
     repository.put(1, 0.0)
 
     async def scenario() -> None:
-        async with models_of(repository.path, grace_s=0.01) as models:
+        async with models_of(repository.path, batching=BatchingOptions(longest_deadline_s=0.01)) as models:
             await models.start()
             with models.lease() as loaded:
                 await models.unload("tiny")
                 assert opened.open == 0
                 with pytest.raises(ServerError, match="unloaded"):
                     await answer(loaded, radiograph())
+
+    run(scenario)
+
+
+def test_a_body_on_its_way_while_its_model_is_replaced_has_until_its_deadline(
+    repository: Repository, opened: Opened, radiograph: Any
+) -> None:
+    repository.put(1, 0.0)
+
+    async def scenario() -> None:
+        async with models_of(repository.path, grace_s=0.01) as models:
+            await models.start()
+            with models.lease() as loaded:
+                ticket = loaded.scheduler.admit(30.0, Priority.ROUTINE, "client")
+                new = repository.put(1, 1.0)
+                replacing = asyncio.create_task(models.refresh())
+                await until(lambda: served(models) == new)
+                await asyncio.sleep(0.1)
+                assert logit(await loaded.scheduler.predict(ticket, radiograph())) == pytest.approx(
+                    loaded.engine.predict_one(radiograph()).findings[0].logit, abs=1e-5
+                )
+                loaded.scheduler.release(ticket)
+                assert not replacing.done()
+            await replacing
+
+    run(scenario)
+
+
+def test_closing_cuts_what_is_being_replaced_to_the_grace(
+    repository: Repository, opened: Opened, radiograph: Any
+) -> None:
+    repository.put(1, 0.0)
+
+    async def scenario() -> None:
+        async with models_of(repository.path, grace_s=0.01, batching=BatchingOptions(longest_deadline_s=1e6)) as models:
+            await models.start()
+            with models.lease() as loaded:
+                ticket = loaded.scheduler.admit(30.0, Priority.ROUTINE, "client")
+                unloading = asyncio.create_task(models.unload("tiny"))
+                await until(lambda: states(models) == {("tiny", 1): ModelState.UNLOADING})
+                await models.close()
+                await unloading
+                with pytest.raises(ServerError, match="has been unloaded"):
+                    await loaded.scheduler.predict(ticket, radiograph())
 
     run(scenario)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import random
+import signal
 import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,12 +35,14 @@ from thoraxrt.engine.errors import (
 )
 from thoraxrt.engine.execute import HostExecutor, NetworkInput
 from thoraxrt.server.batching import BatchingOptions, Priority, Stage
+from thoraxrt.server.decoding import ProcessDecoder, WorkerLimits
 from thoraxrt.server.scheduler import FaultError, Scheduler
+from thoraxrt.server.telemetry import NullTelemetry
 
 ROUTINE, STAT = Priority.ROUTINE, Priority.STAT
 
 
-class Record:
+class Record(NullTelemetry):
     """Telemetry that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -65,14 +70,17 @@ class Record:
 
 
 class HeldDecoder:
-    """The real decoder's answers, given when a test says so."""
+    """The real decoder's answers, given when a test says so; where it is `busy`, it has not begun with what it holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, busy: bool = False) -> None:
+        self.busy = busy
         self.held: list[tuple[Future[Radiograph], Future[Radiograph]]] = []
         self._decoder = ThreadDecoder(1)
 
     def submit(self, data: bytes) -> Future[Radiograph]:
         answer: Future[Radiograph] = Future()
+        if not self.busy:
+            answer.set_running_or_notify_cancel()
         self.held.append((answer, self._decoder.submit(data)))
         return answer
 
@@ -112,7 +120,12 @@ class FailingDecoder(HeldDecoder):
 
 @asynccontextmanager
 async def scheduling(
-    engine: Engine, *, decoder: Any = None, telemetry: Record | None = None, **options: Any
+    engine: Engine,
+    *,
+    decoder: Any = None,
+    telemetry: Record | None = None,
+    queued: Counter[str] | None = None,
+    **options: Any,
 ) -> AsyncIterator[Scheduler]:
     """A warm scheduler; at the end nothing is left in it, whatever happened."""
     scheduler = Scheduler(
@@ -121,6 +134,7 @@ async def scheduling(
         BatchingOptions(**{"workers": 2, "max_batch": 4, **options}),
         telemetry or Record(),
         model="tiny",
+        queued=queued,
     )
     await scheduler.warm_up()
     for size in scheduler.options.sizes * 50:  # what the tiny network really takes is chance; now larger batches pay
@@ -428,6 +442,50 @@ def test_a_request_that_ends_early_leaves_wherever_it_stands(gated_engine, gate,
     run(scenario)
 
 
+@pytest.mark.parametrize("how", ["cancelled", "expired", "unloaded"])
+def test_what_nobody_waits_for_is_not_decoded(engine, radiograph, caplog, how):
+    async def scenario() -> None:
+        with HeldDecoder(busy=True) as decoder:
+            async with scheduling(engine, decoder=decoder) as scheduler:
+                deadline_s = 0.05 if how == "expired" else 60.0
+                task = asyncio.create_task(answer(scheduler, radiograph(0), deadline_s=deadline_s))
+                await until(lambda: bool(decoder.held))
+                if how == "cancelled":
+                    task.cancel()
+                elif how == "unloaded":
+                    await scheduler.drain(0.01)
+                with pytest.raises((asyncio.CancelledError, DeadlineError, ServerError)):
+                    await task
+                await until(lambda: decoder.held[0][0].cancelled())
+                assert scheduler._policy.images == 0
+
+    run(scenario)
+    assert "CancelledError" not in caplog.text
+
+
+def test_a_file_that_hangs_takes_its_worker_no_longer_than_its_request(engine, radiograph):
+    async def scenario() -> None:
+        with ProcessDecoder(1, worker_limits=WorkerLimits(seconds=60)) as decoder:
+            async with scheduling(engine, decoder=decoder) as scheduler:
+                os.kill(decoding_worker(), signal.SIGSTOP)
+                with pytest.raises(DeadlineError):
+                    await answer(scheduler, radiograph(0), deadline_s=0.1)
+                assert (await answer(scheduler, radiograph(0), deadline_s=20.0)).width == 97
+
+    run(scenario)
+
+
+def decoding_worker() -> int:
+    """The only one's process."""
+    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    (pid,) = (pid for file in children for pid in file.read_text().split() if is_worker(pid))
+    return int(pid)
+
+
+def is_worker(pid: str) -> bool:
+    return b"thoraxrt.server.decoding" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def test_one_of_a_batch_that_is_cancelled_takes_nobody_with_it(gated_engine, gate, radiograph):
     async def scenario() -> None:
         record = Record()
@@ -652,7 +710,7 @@ def test_a_decoder_that_is_closed_beneath_it_fails_what_waits_there(engine, radi
         async with scheduling(engine, decoder=decoder) as scheduler:
             task = asyncio.create_task(answer(scheduler, radiograph(0)))
             await until(lambda: bool(decoder.held))
-            decoder.held.pop()[0].cancel()
+            decoder.held.pop()[0].set_exception(CancelledError())
             with pytest.raises(FaultError, match="CancelledError"):
                 await task
         decoder.close()
@@ -701,6 +759,18 @@ def test_draining_ends_with_its_grace(gated_engine, gate, radiograph, caplog):
     assert "3 images were not answered within 0.01 s" in caplog.text
 
 
+def test_a_body_that_comes_after_the_grace_is_told_to_go_elsewhere(engine, radiograph):
+    async def scenario() -> None:
+        async with scheduling(engine) as scheduler:
+            ticket = scheduler.admit(60.0, ROUTINE, "a")
+            await scheduler.drain(0.01)
+            with pytest.raises(ServerError, match="being unloaded; try again later, or another server"):
+                await scheduler.predict(ticket, radiograph(0))
+            scheduler.release(ticket)
+
+    run(scenario)
+
+
 def test_closing_answers_what_is_left(gated_engine, gate, radiograph):
     async def scenario() -> None:
         threads = threading.active_count()
@@ -736,6 +806,43 @@ def test_telemetry_hears_of_every_stage_and_batch(engine, radiograph):
         assert all(seconds >= 0 for _, seconds in record.stages)
         assert max(record.depths) == 9
         assert record.depths[-1] == 0
+
+    run(scenario)
+
+
+def test_the_queue_is_told_of_as_images_come_and_however_they_leave(gated_engine, gate, radiograph):
+    async def scenario() -> None:
+        record, queued = Record(), Counter({"tiny": 40})  # another version's
+        async with scheduling(gated_engine, telemetry=record, queued=queued) as scheduler:
+            with pytest.raises(ImageFormatError):
+                await answer(scheduler, b"no image", deadline_s=60.0)
+            await until(lambda: record.depths == [41, 40])
+            ticket = scheduler.admit(60.0, ROUTINE, "a", images=3)
+            scheduler.release(ticket)
+            scheduler.admit(0.01, ROUTINE, "a")
+            await until(lambda: record.depths == [41, 40, 43, 40, 41, 40])
+            gate.shut()
+            task = asyncio.create_task(answer(scheduler, radiograph(0), deadline_s=0.1))
+            with pytest.raises(DeadlineError):
+                await task
+            assert record.depths[-1] == 41  # the network still holds it
+            gate.open()
+            await until(lambda: record.depths[-1] == 40)
+        assert queued == {"tiny": 40}
+
+    run(scenario)
+
+
+def test_only_a_final_refusal_is_counted(engine):
+    async def scenario() -> None:
+        record = Record()
+        async with scheduling(engine, telemetry=record, max_images=1, max_per_client=1) as scheduler:
+            ticket = scheduler.admit(None, ROUTINE, "a")
+            for final in (False, True):
+                with pytest.raises(OverloadedError):
+                    scheduler.admit(None, ROUTINE, "b", final=final)
+            scheduler.release(ticket)
+        assert record.refusals == ["images"]
 
     run(scenario)
 
