@@ -5,6 +5,7 @@ For benchmarks that load it from outside. Linux only.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
@@ -28,6 +29,7 @@ from thoraxrt.server.audit import AuditLog, AuditOptions
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.decoding import ProcessDecoder
 from thoraxrt.server.models import EngineOptions, Models
+from thoraxrt.server.security import AccessInterceptor, SecurityOptions
 from thoraxrt.server.serve import ServeOptions, serve
 from thoraxrt.server.telemetry import Telemetry
 
@@ -36,23 +38,31 @@ __all__ = ["PREDICT", "Served", "answer_all", "engine_memory", "opened_engine", 
 PREDICT: Final = "/thoraxrt.v1.PredictionService/Predict"
 """The method that answers an encoded image, for a load that knows bytes alone."""
 
+_OPEN: Final = SecurityOptions()
+
 _SPAWN = multiprocessing.get_context("spawn")  # gRPC's threads do not survive a fork
 
 
 class Served:
     """The server, from its first answer to the end of the block; `address` is where it listens.
 
-    `processes` decodes in worker processes, otherwise in threads; `audit` keeps a log. Raises RuntimeError where it
-    cannot be started: it has said why on stderr.
+    `processes` decodes in worker processes, otherwise in threads; `audit` keeps a log; `security` is whom it answers.
+    Raises RuntimeError where it cannot be started: it has said why on stderr.
 
     Example: `with Served(path, EngineOptions()) as server: ...`.
     """
 
     def __init__(
-        self, path: Path, engine: EngineOptions, *, processes: bool = True, audit: AuditOptions | None = None
+        self,
+        path: Path,
+        engine: EngineOptions,
+        *,
+        processes: bool = True,
+        audit: AuditOptions | None = None,
+        security: SecurityOptions = _OPEN,
     ) -> None:
         self._connection, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_serve, args=(theirs, path, engine, processes, audit))
+        self._process = _SPAWN.Process(target=_serve, args=(theirs, path, engine, processes, audit, security))
         self._process.start()
         theirs.close()
         try:
@@ -117,16 +127,22 @@ class _Counting(Telemetry):
 
 
 def _serve(
-    connection: Connection, path: Path, engine: EngineOptions, processes: bool, audit: AuditOptions | None
+    connection: Connection,
+    path: Path,
+    engine: EngineOptions,
+    processes: bool,
+    audit: AuditOptions | None,
+    security: SecurityOptions,
 ) -> None:
     telemetry = _Counting()
+    logging.getLogger(AccessInterceptor.__module__).setLevel(logging.ERROR)  # a load is refused on purpose, and often
     decoder: Decoder = ProcessDecoder() if processes else ThreadDecoder()
     batching = BatchingOptions(workers=decoder.workers) if isinstance(decoder, ProcessDecoder) else BatchingOptions()
     with decoder, AuditLog(audit) if audit else nullcontext() as log:
         models = Models(path, decoder, batching, telemetry, engine=engine)
         serve(
             models,
-            ServeOptions(port=0),
+            ServeOptions(port=0, security=security),
             telemetry,
             log,
             announce=lambda line: connection.send(line.rpartition(" ")[2]),

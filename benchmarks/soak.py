@@ -503,7 +503,7 @@ def soak(
             said = engine.predict_one(data)
             expected.append(_Expected(data, said.width, said.height, [finding.logit for finding in said.findings]))
     with tempfile.TemporaryDirectory() as name, _disk(Path(name) / "disk") as disk:
-        place, bundles = Path(name), _bundles(bundle)
+        place, bundles = Path(name), bundles_of(bundle)
         publish(bundles[0], place / "served", replace=False)
         audit = AuditOptions(path=(disk or place) / "audit.jsonl", max_bytes=_LOG_BYTES, keep=4, sync_ms=50.0)
         with contextlib.ExitStack() as running:
@@ -558,7 +558,7 @@ def _taken(server: Served) -> tuple[int, int]:
     return memory, server.descriptors()
 
 
-def _bundles(bundle: Bundle) -> list[dict[str, bytes]]:
+def bundles_of(bundle: Bundle) -> list[dict[str, bytes]]:
     """The same network under other manifests, so that its answers are the same, and one that is damaged."""
     files = {file.name: file.read_bytes() for file in bundle.path.iterdir() if file.name in bundle.manifest.files}
     made = []
