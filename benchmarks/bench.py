@@ -81,6 +81,7 @@ _STAGES: Final = ("decode", "copy", "geometry", "network", "boxes", "back", "fin
 _IMAGES: Final = 64  # all of them decoded lie in memory
 _LEAST: Final = 8  # images of a mean
 _MEDIAN_OF: Final = 6  # rounds of the batch curve at least: fewer give a median no interval
+_P99_TAKES: Final = 368  # spans: of fewer it would be their maximum, see Latencies.at
 _REQUESTS: Final = 48  # of a point of the load curve, on average: 36 give its 90th percentile an interval
 _ROUNDS: Final = 25
 _DEADLINE_S: Final = 10.0  # of a request in an open loop
@@ -114,7 +115,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Where one image's time goes on a target, one encoded image at a time.
 
     `source` says how it is known: "profile" (the engine's spans), "server" (the server's own counts), or "difference":
-    the caller's time without the other stages. `p50_ms` and `p99_ms` are None where only a mean is known. Of a server,
+    the caller's time without the other stages. `p50_ms` and `p99_ms` are None where only a mean is known, or too few
+    images were asked for. Of a server,
     "network" is geometry, network, boxes and findings, "queue" the waiting for a decoder and for a batch, and "wire"
     what is left: gRPC on both ends, loopback, and the messages' encoding.
     """
@@ -409,7 +411,7 @@ def engine_stages(bundle: Bundle, ran: EngineOptions, files: Sequence[bytes], se
             stage=time_.stage,
             mean_ms=1000 * time_.seconds / time_.spans,
             p50_ms=time_.p50_ms,
-            p99_ms=time_.p99_ms,
+            p99_ms=time_.p99_ms if time_.spans >= _P99_TAKES else None,
             source="profile",
         )
         for time_ in profile.stages()
@@ -538,8 +540,8 @@ def _scenario_table(result: BenchResult) -> Table:
     table = Table(
         *("target", "input", "scenario", "LoadGen", "judged by", "offered/s", "images/s", *(f"p{p:g}" for p in shown)),
         title=f"{result.network}, {result.backend} {result.precision}, {result.environment}{ceiling}",
-        caption="latencies of a query in ms from when it was due, with 95 % intervals; none that takes more queries. "
-        + RULES,
+        caption="latencies of a query in ms from when it was due, with 95 % intervals; no percentile that takes more "
+        f"queries than there were. {RULES}",
     )
     for run in result.scenarios:
         table.add_row(

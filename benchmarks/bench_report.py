@@ -110,7 +110,7 @@ def _scenarios(scenarios: Sequence[ScenarioResult]) -> Table:
             "input",
             "verdict",
             "judged by",
-            "that, ms",
+            "at that, ms",
             "images/s",
             "queries",
             "images",
@@ -199,7 +199,7 @@ def _percentiles(scenarios: Sequence[ScenarioResult]) -> Table | None:
     return Table(
         head=("scenario", "target", "queries", "mean", *(f"p{percent:g}" for percent in PERCENTS)),
         rows=rows,
-        caption="Latency of a query in ms, with the 95 % interval by order statistics; none that takes more queries than that.",
+        caption="Latency of a query in ms, with the 95 % interval by order statistics; no percentile that takes more queries than there were.",
     )
 
 

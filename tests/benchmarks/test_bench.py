@@ -130,6 +130,8 @@ def test_the_stages_add_up_to_the_time_of_an_image(result: BenchResult) -> None:
         "decode", "geometry", "network", "boxes", "findings", "handing over"
     ]  # fmt: skip
     assert [stage.source for stage in engine] == ["profile"] * 5 + ["difference"]
+    assert {stage.p99_ms for stage in engine} == {None}  # a moment gives none
+    assert None not in {stage.p50_ms for stage in engine[:-1]}
     served = [(stage.stage, stage.source) for stage in result.stages if stage.target == "grpc"]
     assert served == [*((stage, "server") for stage in ("queue", "decode", "network", "write")), ("wire", "difference")]
     assert all(stage.mean_ms > 0 for stage in result.stages if stage.stage not in ("handing over", "wire", "write"))
@@ -186,6 +188,8 @@ def test_a_table_shows_the_rule_and_no_percentile_that_so_few_queries_cannot_giv
     page = bench_report(msgspec.structs.replace(result, scenarios=tuple(shown), curves=()))
     assert page.count("157.00 (152.00 to 162.00)") == 3  # what is judged, and both rows of percentiles
     assert "12.5/s offered" in page
+    assert "CPU packages, J/image" in page  # of a GPU nothing is counted
+    assert "pixels to boxes, ms/image" in page  # what the share of the floor is of
     assert "98765" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
 
 
