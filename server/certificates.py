@@ -1,9 +1,9 @@
 """TLS: the server's certificate, replaced without a restart, and the certificates of its clients.
 
 gRPC asks for the certificate at every new connection, so that a renewed one is used from the next
-connection on and no call is dropped. A connection that is open keeps what it was made with: set
-gRPC's `grpc.max_connection_age_ms` where a certificate authority that was taken away must also end
-those. Knows nothing of tokens and methods.
+connection on and no call is dropped. A connection that is open keeps what it was made with, an
+authority that was taken away since too, until the server has its client connect again: see
+`grpc.max_connection_age_ms` in `serve`, or start the server again. Knows nothing of tokens and methods.
 """
 
 from __future__ import annotations

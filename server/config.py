@@ -7,6 +7,7 @@ no option is described twice; see `deploy/thoraxrt.toml` for all of them.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
 import os
@@ -28,10 +29,12 @@ from thoraxrt.engine.receipt import require_parity
 from thoraxrt.server.audit import AuditOptions
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.certificates import server_credentials
-from thoraxrt.server.decoding import WorkerLimits
+from thoraxrt.server.decoding import ProcessDecoder, WorkerLimits
 from thoraxrt.server.models import EngineOptions
 from thoraxrt.server.security import Authenticator, SecurityOptions, check_exposure, is_loopback
+from thoraxrt.server.serve import ServeOptions
 from thoraxrt.server.telemetry import tracing
+from thoraxrt.server.wire import ENVELOPE_BYTES, MAX_MESSAGE_BYTES
 
 __all__ = ["Config", "Finding", "check", "exit_status", "load_config"]
 
@@ -40,9 +43,6 @@ _NESTING: Final = "__"
 
 _FLAGS: Final = "the flags"
 _ENVIRONMENT: Final = "the environment"
-
-_ENVELOPE_BYTES: Final = 64 * 1024
-"""What surrounds an image in a message."""
 
 
 def _check_port(options: object, port: int) -> None:
@@ -71,10 +71,8 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         _check_port(self, self.port)
-        if not 0 <= self.grace_s < math.inf:
-            raise ValueError(f"ServerOptions grace_s is {self.grace_s}; expected 0 or more seconds")
-        if self.max_message_bytes is not None and not 0 < self.max_message_bytes < 2**31:
-            raise ValueError(f"ServerOptions max_message_bytes is {self.max_message_bytes}; expected 1 to {2**31 - 1}")
+        most = MAX_MESSAGE_BYTES if self.max_message_bytes is None else self.max_message_bytes
+        ServeOptions(max_message_bytes=most, grace_s=self.grace_s)  # which raises
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +164,7 @@ class Config(BaseModel):
     @property
     def max_message_bytes(self) -> int:
         """The largest message that is taken: so that the decoder, not gRPC, says why an image is too large."""
-        return self.server.max_message_bytes or self.limits.max_bytes + _ENVELOPE_BYTES
+        return self.server.max_message_bytes or self.limits.max_bytes + ENVELOPE_BYTES
 
     @field_validator("batching", mode="before")
     @classmethod
@@ -363,7 +361,9 @@ def _tried(about: str, look: Callable[[], str]) -> Finding:
     except ThoraxrtError as error:
         return Finding(level="error", about=about, text=str(error))
     except OSError as error:
-        return Finding(level="error", about=about, text=f"{error.filename or about}: {error.strerror}")
+        taken = error.errno == errno.EADDRINUSE  # as it is beside the server whose next start is looked at
+        text = f"{error.filename or about}: {error.strerror}" + (", by a running server or another program" * taken)
+        return Finding(level="warning" if taken else "error", about=about, text=text)
 
 
 def _look_at_models(config: Config) -> Iterator[Finding]:
@@ -442,6 +442,13 @@ def _look_at_decoding(config: Config) -> Iterator[Finding]:
     if not config.decoding.processes:
         text = "files are decoded by threads: one that crashes a decoder ends the server"
         yield Finding(level="warning", about="decoding.processes", text=text)
+        return
+
+    def look() -> str:
+        with ProcessDecoder(1, config.limits, worker_limits=config.decoding):
+            return f"files are decoded by {config.decoding.workers or 'as many'} processes{'' if config.decoding.workers else ' as there are CPUs'}"
+
+    yield _tried("decoding.processes", look)
 
 
 def _look_at_tracing(config: Config) -> Iterator[Finding]:

@@ -114,10 +114,6 @@ class Oidc:
             raise AuthenticationError(f"the token is refused: {_REASONS[jwt.MissingRequiredClaimError]}")
         return Principal(name, self._roles(claims), "oidc")
 
-    async def fetch(self) -> None:
-        """Fetch the keys now, so that the first call need not wait; where it fails, the log says why."""
-        await self._fetch()
-
     def _roles(self, claims: Mapping[str, Any]) -> frozenset[Role]:
         values = _claim(claims, self._options.roles_claim)
         words = values.split() if isinstance(values, str) else values if isinstance(values, list) else []
@@ -140,10 +136,11 @@ class Oidc:
     def _start_fetching(self, now: float) -> asyncio.Task[None] | None:
         """The fetch under way, or a new one; None where the last one has just been."""
         if self._fetching is None and now - self._attempted >= _COOLDOWN_S:
-            self._fetching = asyncio.create_task(self._fetch())
+            self._fetching = asyncio.create_task(self.fetch())
         return self._fetching
 
-    async def _fetch(self) -> None:
+    async def fetch(self) -> None:
+        """Fetch the keys now, so that the first call need not wait; where it fails, the log says why."""
         self._attempted = self._clock()
         try:
             keys = await asyncio.wait_for(asyncio.to_thread(self._client.get_signing_keys), 2 * _TIMEOUT_S)

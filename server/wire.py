@@ -24,6 +24,7 @@ from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.status import ERROR_KEY, PUSHBACK_KEY, Status
 
 __all__ = [
+    "ENVELOPE_BYTES",
     "MAX_MESSAGE_BYTES",
     "MODEL_KEY",
     "ORDER_KEY",
@@ -49,7 +50,10 @@ __all__ = [
     "study_from_message",
 ]
 
-MAX_MESSAGE_BYTES: Final = DecodeLimits().max_bytes + 64 * 1024
+ENVELOPE_BYTES: Final = 64 * 1024
+"""What surrounds an image in a message, at most."""
+
+MAX_MESSAGE_BYTES: Final = DecodeLimits().max_bytes + ENVELOPE_BYTES
 """The decoder's largest file and what surrounds it: so that the decoder, not gRPC, says why it is refused."""
 
 MODEL_KEY: Final = "thoraxrt-model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from thoraxrt.engine.decode import DecodeLimits
 from thoraxrt.engine.errors import ConfigError
+from thoraxrt.server import decoding
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.config import Config, Finding, check, exit_status, load_config
 from thoraxrt.server.decoding import ProcessDecoder
@@ -207,20 +209,23 @@ def test_the_sections_are_what_the_parts_take(file, radiograph):
 
 
 def checked(path: Path, **flags: object) -> dict[str, Finding]:
-    flags = {"server__port": 0, "metrics__port": 0, "models__path": path} | flags
+    """What is found, by what it is about; no worker is started unless a test asks for it."""
+    quick = {"server__port": 0, "metrics__port": 0, "decoding__processes": False}
+    flags = quick | {"models__path": path} | flags
     findings = check(load_config(None, {key.replace("__", "."): value for key, value in flags.items()}))
     assert len({finding.about for finding in findings}) == len(findings)
     return {finding.about: finding for finding in findings}
 
 
 def test_a_bundle_would_be_served(tiny_bundle):
-    findings = checked(tiny_bundle.path, models__backend="onnxruntime")
+    findings = checked(tiny_bundle.path, models__backend="onnxruntime", decoding__processes=True, decoding__workers=3)
     assert findings[str(tiny_bundle.path)] == Finding(
         level="ok",
         about=str(tiny_bundle.path),
         text=f"tiny, {tiny_bundle.sha256[:12]}, would run on onnxruntime fp32",
     )
     assert {finding.level for finding in findings.values()} == {"ok"}
+    assert findings["decoding.processes"].text == "files are decoded by 3 processes"
     assert exit_status(findings.values()) == 0
 
 
@@ -250,11 +255,11 @@ def test_a_backend_that_cannot_run_is_an_error(tiny_bundle):
     assert "no backend can run int8" in finding.text
 
 
-def test_a_taken_port_is_an_error(tiny_bundle):
+def test_a_taken_port_is_a_warning_because_a_running_server_has_it(tiny_bundle):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         findings = checked(tiny_bundle.path, server__port=port)
-        assert (findings["server.port"].level, findings["metrics.port"].level) == ("error", "ok")
+        assert (findings["server.port"].level, findings["metrics.port"].level) == ("warning", "ok")
         assert "Address already in use" in findings["server.port"].text
 
 
@@ -309,7 +314,17 @@ def test_the_audit_logs_folder_must_be_there_and_writable(tiny_bundle, tmp_path)
 
 
 def test_decoding_in_threads_is_a_warning(tiny_bundle):
-    assert checked(tiny_bundle.path, decoding__processes=False)["decoding.processes"].level == "warning"
+    assert checked(tiny_bundle.path)["decoding.processes"].level == "warning"
+
+
+def test_a_worker_that_cannot_be_started_is_an_error(tiny_bundle, monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(decoding.subprocess, "Popen", fails)
+    monkeypatch.setattr(decoding, "_BACKOFF_S", 0.01)
+    finding = checked(tiny_bundle.path, decoding__processes=True)["decoding.processes"]
+    assert (finding.level, "cannot be started" in finding.text) == ("error", True)
 
 
 def test_tracing_that_is_not_installed_is_an_error(tiny_bundle, monkeypatch):
@@ -321,5 +336,5 @@ def test_tracing_that_is_not_installed_is_an_error(tiny_bundle, monkeypatch):
 
 def test_the_check_leaves_nothing_open(tiny_bundle):
     before = set(os.listdir("/proc/self/fd"))
-    checked(tiny_bundle.path)
+    checked(tiny_bundle.path, decoding__processes=True)
     assert set(os.listdir("/proc/self/fd")) == before

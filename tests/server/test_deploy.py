@@ -225,11 +225,22 @@ def test_the_pod_is_probed_where_it_listens_and_ended_no_sooner_than_it_has_drai
     (container,) = pod["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"grpc": pods_configuration.server.port, "metrics": pods_configuration.metrics.port}
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+    for probe in ("startupProbe", "readinessProbe"):
         assert container[probe]["grpc"] == {"port": ports["grpc"]}
+    # Not its health, which is readiness: a pod whose last model was unloaded is not helped by a restart.
+    assert container["livenessProbe"].items() >= {"tcpSocket": {"port": ports["grpc"]}}.items()
+    assert "grpc" not in container["livenessProbe"]
     _, before = container["lifecycle"]["preStop"]["exec"]["command"]
     needed = int(before) + pods_configuration.server.grace_s + DECODER_S
     assert pod["terminationGracePeriodSeconds"] >= needed
+
+
+def test_the_pods_decoders_fit_into_it_whatever_the_node(manifest, pods_configuration):
+    (container,) = manifest["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["memory"] == "8Gi"
+    decoding = pods_configuration.decoding
+    assert str(decoding.workers) == container["resources"]["requests"]["cpu"]
+    assert decoding.workers * decoding.memory_bytes <= 4 * 2**30
 
 
 def test_the_pods_configuration_serves(pods_configuration, tiny_bundle, tmp_path):

@@ -29,7 +29,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from thoraxrt.cli import app
 from thoraxrt.engine.errors import AccessError, AuthenticationError, ConfigError, RequestError
 from thoraxrt.server import watched
 from thoraxrt.server.calls import Calls
@@ -46,7 +48,7 @@ from thoraxrt.server.security import (
 )
 from thoraxrt.server.status import ERROR_KEY
 from thoraxrt.server.telemetry import NullTelemetry
-from thoraxrt.server.tokens import TokenOptions, add_token
+from thoraxrt.server.tokens import TokenOptions, Tokens, add_token
 
 PREDICT = "/thoraxrt.v1.PredictionService/Predict"
 STREAM = "/thoraxrt.v1.PredictionService/PredictStream"
@@ -492,6 +494,24 @@ def test_token_files_that_make_no_sense(token_file: Path, text: str, message: st
     with pytest.raises(ConfigError, match=message):
         add_token(token_file, "pacs", ("predict",))
     assert token_file.read_text() == text
+
+
+def test_a_token_from_the_command_line_ends_when_it_says(token_file: Path) -> None:
+    def made(*options: str) -> str:
+        result = CliRunner().invoke(app, ["token", str(token_file), "pacs", *options])
+        assert result.exit_code == 0, result.output
+        return result.stdout.strip()
+
+    today = datetime.now(UTC).date()
+    over, good = made("--expires", str(today)), made("--expires", str(today + timedelta(days=2)))
+
+    async def check() -> None:
+        tokens = Tokens(TokenOptions(file=token_file))
+        assert (await tokens.principal(good)).name == "pacs"
+        with pytest.raises(AuthenticationError, match=rf"expired on {today}T00:00:00\+00:00"):
+            await tokens.principal(over)
+
+    asyncio.run(check())
 
 
 def test_a_token_file_that_anybody_may_write(token_file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,14 +144,22 @@ def token(
     roles: Annotated[
         str, typer.Option("--roles", help="predict, or predict,admin to load and unload models too.")
     ] = "predict",
+    expires: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="From this day on (UTC) it is refused.", show_default=False),
+    ] = None,
 ) -> None:
     """Make a bearer token: it is shown once, and only its hash is kept.
 
-    [bold]thoraxrt token tokens.toml pacs-1[/]
+    A file that is new is readable by who makes it only. For a server with a user of its own, make it readable for that
+    one first: install -m 0640 -g thoraxrt /dev/null tokens.toml
+
+    [bold]thoraxrt token tokens.toml pacs-1 --expires 2027-11-24[/]
     """
     from thoraxrt.server.tokens import add_token
 
-    print(add_token(file, name, items(roles)))  # type: ignore[arg-type]  # it checks the roles itself
+    until = expires and expires.replace(tzinfo=UTC)
+    print(add_token(file, name, items(roles), until))  # type: ignore[arg-type]  # it checks the roles itself
 
 
 def verify_audit(
