@@ -1,9 +1,10 @@
 """Mixed traffic with faults, for as long as asked: `python -m thoraxrt.benchmarks.soak BUNDLE [IMAGES...] --minutes 10`.
 
 The scenario: a server in a process of its own, as `thoraxrt serve` runs it, and clients that behave in every way at
-once: single images, studies, streams, STAT and routine, files that are no images, messages that are none, deadlines too
-short, calls that are cancelled, connections that vanish, tensors in the Open Inference Protocol. Meanwhile its decoding
-workers are killed, its bundle is replaced, now and then by a damaged one, its wall clock is set forwards and back (where
+once, over TLS and with tokens: single images, studies, streams, STAT and routine, files that are no images, messages
+that are none, deadlines too short, calls that are cancelled, connections that vanish, tensors and streams of them in
+the Open Inference Protocol, a second model that is unloaded and loaded, strangers. Meanwhile its decoding workers are
+killed, its bundle is replaced, now and then by a damaged one, its wall clock is set forwards and back (where
 there is a C compiler), and the audit log's disk is full for a moment (where a file system can be mounted: as root). The
 claims, each counted: every call ends once, with a status that it may have;
 every answer is that image's; the server's own books of calls begun and ended agree; the audit log is whole; memory and
@@ -26,12 +27,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from hashlib import sha256
 from io import BytesIO
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -39,6 +41,10 @@ import grpc
 import msgspec
 import numpy as np
 import typer
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -49,12 +55,17 @@ from thoraxrt.engine.engine import Engine, read_image
 from thoraxrt.export.phantoms import phantom
 from thoraxrt.export.publish import publish
 from thoraxrt.proto.oip import open_inference_pb2 as oip
+from thoraxrt.proto.oip import open_inference_pb2_grpc
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
 from thoraxrt.server.audit import AuditOptions, verify
+from thoraxrt.server.certificates import TlsOptions
 from thoraxrt.server.models import EngineOptions
+from thoraxrt.server.principal import Role
+from thoraxrt.server.security import SecurityOptions
 from thoraxrt.server.status import ERROR_KEY
-from thoraxrt.server.wire import ORDER_KEY, PRIORITY_KEY
+from thoraxrt.server.tokens import TokenOptions, add_token
+from thoraxrt.server.wire import MODEL_KEY, ORDER_KEY, PRIORITY_KEY
 
 __all__ = ["Report", "main", "soak"]
 
@@ -80,12 +91,22 @@ _HANG_S: Final = 60.0
 _CLOSE: Final = 0.05
 """How far an answer may be from the expected logits: batches of other sizes add in other orders."""
 
+_SERVED: Final = "served"
+"""The model whose bundle is replaced; the other one is unloaded and loaded."""
+
+_SPARE: Final = "spare"
+_ROLES: Final[dict[str, tuple[Role, ...]]] = {"predict": ("predict",), "admin": ("predict", "admin")}
 _BAD: Final = (b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40))
 _KILLED: Final = "ended its process"
 
 _STATUS: Final = grpc.StatusCode
 _NOT_NOW: Final = {("RESOURCE_EXHAUSTED", "OverloadedError"), ("UNAVAILABLE", "AuditError")}
 """What any call may be told; AuditError while the disk of the audit log is full."""
+
+_NOT_NOW_WORDS: Final = ("try again", "the audit log cannot be written")
+"""The same where a stream has the message alone."""
+
+_NOT_THERE: Final = ("NOT_FOUND", "ModelNotFoundError")
 
 _UNSEEN: Final = "Internal error from Core"
 """What grpc.aio's client says where the server ends a call that it is still writing to: its status stays unseen here,
@@ -179,10 +200,21 @@ class _Expected:
 
 
 class _Traffic:
-    """Clients of one server until a time is over."""
+    """Clients of one server until a time is over, with the roles' tokens."""
 
-    def __init__(self, address: str, images: Sequence[_Expected], report: Report, seed: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        roots: bytes,
+        tokens: Mapping[str, str],
+        images: Sequence[_Expected],
+        report: Report,
+        seed: int,
+    ) -> None:
         self._address = address
+        self._roots = roots
+        self._tokens = tokens
+        self._administering = asyncio.Lock()
         self._images = images
         self._report = report
         self._random = random.Random(seed)
@@ -197,11 +229,14 @@ class _Traffic:
             (self._cancelled, 2),
             (self._vanishing, 1),
             (self._tensors, 2),
+            (self._tensor_stream, 1),
+            (self._administer, 1),
+            (self._stranger, 1),
         ]
 
     async def run(self, until: float) -> None:
         """One thing after the other, by several clients at once."""
-        async with _channel(self._address) as channel, asyncio.TaskGroup() as clients:
+        async with self._channel() as channel, asyncio.TaskGroup() as clients:
             for _ in range(_CLIENTS):
                 clients.create_task(self._client(channel, until))
 
@@ -217,8 +252,15 @@ class _Traffic:
             if self._refused:
                 await asyncio.sleep(_BACK_OFF_S)
 
-    def _metadata(self, *more: tuple[str, str]) -> tuple[tuple[str, str], ...]:
-        return ((PRIORITY_KEY, self._random.choice(("stat", "routine"))), *more)
+    def _channel(self) -> grpc.aio.Channel:
+        """A connection of its own, which shares none with another channel."""
+        options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+        return grpc.aio.secure_channel(self._address, grpc.ssl_channel_credentials(self._roots), options)
+
+    def _metadata(self, *more: tuple[str, str], role: str = "predict") -> tuple[tuple[str, str], ...]:
+        priority = self._random.choice(("stat", "routine"))
+        shown = ("authorization", f"Bearer {self._tokens[role]}")
+        return (shown, (MODEL_KEY, _SERVED), (PRIORITY_KEY, priority), *more)
 
     async def _ended(self, kind: str, call: Any, *allowed: tuple[str, str]) -> Any:
         """The call's answer, where it has one; it may also end with a status and error that are `allowed`."""
@@ -308,38 +350,95 @@ class _Traffic:
                 self._report.claim(refused, f"{kind}: {answer.failure.error}: {answer.failure.message}")
 
     async def _tensors(self, stub: Any) -> None:
-        sent = [self._random.choice(self._images) for _ in range(self._random.randint(1, 3))]
-        request = oip.ModelInferRequest()
-        contents = oip.InferTensorContents(bytes_contents=[image.data for image in sent])
-        request.inputs.add(name="image_bytes", datatype="BYTES", shape=[len(sent)], contents=contents)
-        async with _channel(self._address) as channel:
-            infer: Any = channel.unary_unary(
-                "/inference.GRPCInferenceService/ModelInfer",
-                oip.ModelInferRequest.SerializeToString,
-                oip.ModelInferResponse.FromString,
+        model, sent = self._random.choice((_SERVED, _SPARE)), self._some()
+        allowed = [_NOT_THERE] if model == _SPARE else []
+        async with self._channel() as channel:
+            infer = _oip(channel).ModelInfer(_infer(model, sent), timeout=_HANG_S, metadata=self._metadata())
+            if response := await self._ended("tensors", infer, *allowed):
+                self._check_logits("tensors", response, sent)
+
+    async def _tensor_stream(self, stub: Any) -> None:
+        sent = {str(number): self._some() for number in range(self._random.randint(0, 12))}
+        requests = iter([_infer(_SERVED, images, number) for number, images in sent.items()])
+        found = []
+        async with self._channel() as channel:
+            call = _oip(channel).ModelStreamInfer(requests, timeout=_HANG_S, metadata=self._metadata())
+
+            async def answers() -> list[oip.ModelStreamInferResponse]:
+                return [response async for response in call]
+
+            found = await self._ended("tensor stream", answers())
+        if found is None:
+            return
+        whole = sorted(one.infer_response.id for one in found) == sorted(sent)
+        self._report.claim(whole, "tensor stream: not one answer for each request")
+        for one in found:
+            if not one.error_message:
+                self._check_logits("tensor stream", one.infer_response, sent[one.infer_response.id])
+            elif not self._is_hit("ImageFormatError", one.error_message):
+                refused = any(words in one.error_message for words in _NOT_NOW_WORDS)
+                self._report.claim(refused, f"tensor stream: {one.error_message}")
+
+    async def _administer(self, stub: Any) -> None:
+        """Unload the spare model, which then answers nobody, and load it, which then answers; one client at a time."""
+        metadata, sent = self._metadata(role="admin"), self._some()
+        async with self._administering, self._channel() as channel:
+            calls = _oip(channel)
+
+            async def asked(kind: str, *allowed: tuple[str, str]) -> Any:
+                infer = calls.ModelInfer(_infer(_SPARE, sent), timeout=_HANG_S, metadata=metadata)
+                return await self._ended(kind, infer, *allowed)
+
+            unload = calls.RepositoryModelUnload(
+                oip.RepositoryModelUnloadRequest(model_name=_SPARE), timeout=_HANG_S, metadata=metadata
             )
-            if (response := await self._ended("tensors", infer(request, timeout=_HANG_S))) is None:
-                return
+            if await self._ended("unload", unload, _NOT_THERE) is not None:
+                self._report.claim(await asked("unloaded", _NOT_THERE) is None, "unload: the model still answers")
+            load = calls.RepositoryModelLoad(
+                oip.RepositoryModelLoadRequest(model_name=_SPARE), timeout=_HANG_S, metadata=metadata
+            )
+            if await self._ended("load", load) is not None and (response := await asked("loaded")):
+                self._check_logits("loaded", response, sent)
+
+    async def _stranger(self, stub: Any) -> None:
+        """Who shows no token, and who may not do this with theirs."""
+        request = pb.PredictRequest(image=self._images[0].data)
+        answer = await self._ended(
+            "stranger", stub.Predict(request, timeout=_HANG_S), ("UNAUTHENTICATED", "AuthenticationError")
+        )
+        async with self._channel() as channel:
+            unload = _oip(channel).RepositoryModelUnload(
+                oip.RepositoryModelUnloadRequest(model_name=_SERVED), timeout=_HANG_S, metadata=self._metadata()
+            )
+            done = await self._ended("stranger", unload, ("PERMISSION_DENIED", "AuthorizationError"))
+        self._report.claim(answer is None and done is None, "stranger: was let in")
+
+    def _some(self) -> list[_Expected]:
+        return [self._random.choice(self._images) for _ in range(self._random.randint(1, 3))]
+
+    def _check_logits(self, kind: str, response: oip.ModelInferResponse, sent: Sequence[_Expected]) -> None:
         self._report.images += len(sent)
         logits = np.frombuffer(response.raw_output_contents[0], "<f4")
         expected = np.array([image.logits for image in sent], "<f4").ravel()
         same = logits.shape == expected.shape and bool((np.abs(logits - expected) < _CLOSE).all())
-        self._report.claim(same, "tensors: another image's logits, or wrong ones")
+        self._report.claim(same, f"{kind}: another image's logits, or wrong ones")
 
     async def _bad(self, stub: Any) -> None:
         request = pb.PredictRequest(image=self._random.choice(_BAD))
         answer = await self._ended(
-            "bad", stub.Predict(request, timeout=_HANG_S), ("INVALID_ARGUMENT", "ImageFormatError")
+            "bad",
+            stub.Predict(request, timeout=_HANG_S, metadata=self._metadata()),
+            ("INVALID_ARGUMENT", "ImageFormatError"),
         )
         self._report.claim(answer is None, "bad: an answer for what is no image")
 
     async def _malformed(self, stub: Any) -> None:
-        async with _channel(self._address) as channel:
+        async with self._channel() as channel:
             method = self._random.choice(("Predict", "PredictStudy", "PredictStream"))
             call: Any = channel.stream_stream(f"/thoraxrt.v1.PredictionService/{method}")
             good = pb.PredictStreamRequest(image=self._images[0].data).SerializeToString()
             sent = [good] * self._random.randint(0, 3) * (method == "PredictStream")
-            answers = call(iter([*sent, b"\xff\xff\xff"]), timeout=_HANG_S)
+            answers = call(iter([*sent, b"\xff\xff\xff"]), timeout=_HANG_S, metadata=self._metadata())
 
             async def all_of() -> list[bytes]:
                 return [answer async for answer in answers]
@@ -348,13 +447,15 @@ class _Traffic:
 
     async def _hurried(self, stub: Any) -> None:
         image = self._random.choice(self._images)
-        call = stub.Predict(pb.PredictRequest(image=image.data), timeout=self._random.uniform(0, 0.03))
+        request, timeout = pb.PredictRequest(image=image.data), self._random.uniform(0, 0.03)
+        call = stub.Predict(request, timeout=timeout, metadata=self._metadata())
         late = [("DEADLINE_EXCEEDED", name) for name in ("", "DeadlineError")]
         if response := await self._ended("hurried", call, *late):
             self._check("hurried", response, image)
 
     async def _cancelled(self, stub: Any) -> None:
-        call = stub.Predict(pb.PredictRequest(image=self._random.choice(self._images).data), timeout=_HANG_S)
+        request = pb.PredictRequest(image=self._random.choice(self._images).data)
+        call = stub.Predict(request, timeout=_HANG_S, metadata=self._metadata())
         await asyncio.sleep(self._random.uniform(0, 0.03))
         call.cancel()
         code = await call.code()
@@ -373,10 +474,11 @@ class _Traffic:
 
     async def _vanishing(self, stub: Any) -> None:
         """A stream whose connection is gone in the middle of it."""
-        async with _channel(self._address) as channel:
+        async with self._channel() as channel:
             mine: Any = thoraxrt_pb2_grpc.PredictionServiceStub(channel)
             images = [self._random.choice(self._images).data for _ in range(20)]
-            call = mine.PredictStream(iter([pb.PredictStreamRequest(image=data) for data in images]), timeout=_HANG_S)
+            requests = iter([pb.PredictStreamRequest(image=data) for data in images])
+            call = mine.PredictStream(requests, timeout=_HANG_S, metadata=self._metadata())
             with contextlib.suppress(grpc.aio.AioRpcError):
                 for _ in range(self._random.randint(0, 5)):
                     if await call.read() is grpc.aio.EOF:
@@ -384,9 +486,15 @@ class _Traffic:
         self._report.calls["vanishing", "gone"] += 1
 
 
-def _channel(address: str) -> grpc.aio.Channel:
-    """A connection of its own, which shares none with another channel."""
-    return grpc.aio.insecure_channel(address, [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)])
+def _oip(channel: grpc.aio.Channel) -> Any:
+    return open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+def _infer(model: str, images: Sequence[_Expected], name: str = "") -> oip.ModelInferRequest:
+    request = oip.ModelInferRequest(model_name=model, id=name)
+    contents = oip.InferTensorContents(bytes_contents=[image.data for image in images])
+    request.inputs.add(name="image_bytes", datatype="BYTES", shape=[len(images)], contents=contents)
+    return request
 
 
 async def _harm(
@@ -421,7 +529,7 @@ async def _harm(
             kill = now + randomly.uniform(0.5, 1.5) * _KILL_S
         if now >= swap and (awaited is None or report.seen[awaited] > answered):
             files = bundles[report.swapped % len(bundles)]
-            await asyncio.to_thread(publish, files, place / "served", replace=True)
+            await asyncio.to_thread(publish, files, _home(place, _SERVED), replace=True)
             server.refresh()
             awaited = None if files is bundles[-1] else sha256(files[MANIFEST]).hexdigest()  # the last one is damaged
             answered = report.seen[awaited or ""]
@@ -504,13 +612,18 @@ def soak(
             expected.append(_Expected(data, said.width, said.height, [finding.logit for finding in said.findings]))
     with tempfile.TemporaryDirectory() as name, _disk(Path(name) / "disk") as disk:
         place, bundles = Path(name), bundles_of(bundle)
-        publish(bundles[0], place / "served", replace=False)
+        for model in (_SERVED, _SPARE):
+            _home(place, model).parent.mkdir(parents=True)
+            publish(bundles[0], _home(place, model), replace=False)
+        tls = _certified(place)
+        tokens = {role: add_token(place / "tokens.toml", role, roles) for role, roles in _ROLES.items()}
+        security = SecurityOptions(tls=tls, tokens=TokenOptions(file=place / "tokens.toml"))
         audit = AuditOptions(path=(disk or place) / "audit.jsonl", max_bytes=_LOG_BYTES, keep=4, sync_ms=50.0)
         with contextlib.ExitStack() as running:
             with _clock(place) as clock:
-                server = running.enter_context(Served(place / "served", options, audit=audit))
-            began = time.monotonic()
-            phase = partial(_phase, server, place, bundles, expected, report, disk=disk, clock=clock, say=say)
+                server = running.enter_context(Served(place / "models", options, audit=audit, security=security))
+            began, traffic = time.monotonic(), partial(_Traffic, server.address, tls.certificate.read_bytes(), tokens)
+            phase = partial(_phase, server, place, bundles, traffic, expected, report, disk=disk, clock=clock, say=say)
             asyncio.run(phase(began + _WARM * seconds, seed=0))
             before = _taken(server)
             asyncio.run(phase(began + seconds, seed=1))
@@ -535,6 +648,7 @@ async def _phase(
     server: Served,
     place: Path,
     bundles: Sequence[dict[str, bytes]],
+    traffic: Callable[[Sequence[_Expected], Report, int], _Traffic],
     images: Sequence[_Expected],
     report: Report,
     until: float,
@@ -545,7 +659,7 @@ async def _phase(
     say: Callable[[str], None],
 ) -> None:
     async with asyncio.TaskGroup() as group:
-        group.create_task(_Traffic(server.address, images, report, seed).run(until))
+        group.create_task(traffic(images, report, seed).run(until))
         group.create_task(_harm(server, place, bundles, report, until, disk=disk, clock=clock, say=say))
 
 
@@ -556,6 +670,27 @@ def _taken(server: Served) -> tuple[int, int]:
         time.sleep(3.0)
         memory, before = server.resident_bytes(), memory
     return memory, server.descriptors()
+
+
+def _home(place: Path, model: str) -> Path:
+    return place / "models" / model / "1"
+
+
+def _certified(place: Path) -> TlsOptions:
+    """A certificate for 127.0.0.1 that vouches for itself; from before and to after whatever the clock is set to."""
+    key, now, name = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC), x509.Name([])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=7))
+        .not_valid_after(now + timedelta(days=7))
+        .add_extension(names, critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    options = TlsOptions(certificate=place / "server.pem", private_key=place / "server.key")
+    options.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
+    options.private_key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return options
 
 
 def bundles_of(bundle: Bundle) -> list[dict[str, bytes]]:
