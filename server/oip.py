@@ -10,10 +10,9 @@ import asyncio
 import struct
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import grpc
@@ -30,7 +29,7 @@ from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import Priority
 from thoraxrt.server.calls import deadline_of, status_from_exception, whole
 from thoraxrt.server.models import Loaded, ModelStatus
-from thoraxrt.server.service import Lender, audited, client_of
+from thoraxrt.server.service import Lender, Streams, audited, client_of, version_from_text
 from thoraxrt.server.telemetry import NullTelemetry, Telemetry
 
 __all__ = ["OIP_SERVICE_NAME", "OpenInferenceService", "Repository"]
@@ -40,6 +39,8 @@ OIP_SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _EXTENSIONS: Final = ("model_configuration", "model_repository", "statistics")
 _STREAM_REQUESTS: Final = 32  # of one stream, in flight
 _PLATFORM: Final = "thoraxrt"
+_LONGEST: Final = 4096  # list of findings
+_PART: Final = 65_536
 
 if TYPE_CHECKING:  # generic in the stubs only
     _Context = grpc.aio.ServicerContext[Any, Any]
@@ -72,11 +73,14 @@ class _Counted:
 
 
 class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
-    """The calls of `inference.GRPCInferenceService`; the models stay their owner's."""
+    """The calls of `inference.GRPCInferenceService`; models and streams stay their owner's."""
 
-    def __init__(self, models: Repository, telemetry: NullTelemetry, audit: AuditLog | None = None) -> None:
+    def __init__(
+        self, models: Repository, telemetry: NullTelemetry, streams: Streams, audit: AuditLog | None = None
+    ) -> None:
         self._models = models
         self._telemetry = telemetry
+        self._streams = streams
         self._audit = audit
         self._counted: defaultdict[tuple[str, int], _Counted] = defaultdict(_Counted)
 
@@ -94,7 +98,7 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: _Context) -> pb.ModelReadyResponse:  # noqa: N802
         """See the proto."""
-        return pb.ModelReadyResponse(ready=self._models.ready(request.name, _version(request.version)))
+        return pb.ModelReadyResponse(ready=self._models.ready(request.name, version_from_text(request.version)))
 
     async def ServerMetadata(  # noqa: N802
         self, request: pb.ServerMetadataRequest, context: _Context
@@ -137,7 +141,9 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: _Context) -> pb.ModelInferResponse:  # noqa: N802
         """See the proto."""
-        return await self._infer(request, context, deadline_of(context))
+        answering = self._infer(request, context, deadline_of(context))
+        del request
+        return await answering
 
     async def ModelStreamInfer(  # noqa: N802
         self, requests: AsyncIterator[pb.ModelInferRequest], context: _Context
@@ -146,31 +152,31 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         room, writing, deadline = asyncio.Semaphore(_STREAM_REQUESTS), asyncio.Lock(), deadline_of(context)
 
         async def answer(request: pb.ModelInferRequest) -> None:
+            name, answering = request.id, self._infer(request, context, deadline)
+            del request
             try:
-                response = pb.ModelStreamInferResponse(infer_response=await self._infer(request, context, deadline))
+                response = pb.ModelStreamInferResponse(infer_response=await answering)
             except Exception as error:
                 said = status_from_exception("ModelStreamInfer", error).details
                 response = pb.ModelStreamInferResponse(
-                    error_message=said, infer_response=pb.ModelInferResponse(id=request.id)
+                    error_message=said, infer_response=pb.ModelInferResponse(id=name)
                 )
             async with writing:
                 await whole(context.write(response))
 
-        try:
-            async with asyncio.TaskGroup() as answering:
-                await room.acquire()
-                async for request in requests:
-                    task = answering.create_task(answer(request))
-                    task.add_done_callback(lambda _: room.release())
-                    await room.acquire()  # before the next one is read
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
+        async with self._streams.opened(client_of(context)) as answering:
+            await room.acquire()
+            while (request := await self._streams.next(requests)) is not None:
+                task = answering.create_task(answer(request))
+                task.add_done_callback(lambda _: room.release())
+                del request
+                await room.acquire()  # before the next one is read
 
     async def ModelStatistics(  # noqa: N802
         self, request: pb.ModelStatisticsRequest, context: _Context
     ) -> pb.ModelStatisticsResponse:
         """See the proto."""
-        version = _version(request.version)
+        version = version_from_text(request.version)
         statuses = [
             status
             for status in self._models.index()
@@ -178,7 +184,8 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         ]
         if request.name and not statuses:
             raise ModelNotFoundError(f"there is no model {request.name[:80]!r} of version {request.version or 'any'}")
-        return pb.ModelStatisticsResponse(model_stats=[self._statistics(s.name, s.version) for s in statuses])
+        samples = await asyncio.to_thread(_samples, self._telemetry)
+        return pb.ModelStatisticsResponse(model_stats=[self._statistics(s.name, s.version, samples) for s in statuses])
 
     async def RepositoryIndex(  # noqa: N802
         self, request: pb.RepositoryIndexRequest, context: _Context
@@ -202,51 +209,72 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
             raise RequestError(
                 f"parameters {', '.join(sorted(request.parameters))[:80]}; expected none: a model is what its bundle says"
             )
-        await self._models.load(request.model_name)
+        await self._administered("RepositoryModelLoad", request.model_name, context, self._models.load)
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(  # noqa: N802
         self, request: pb.RepositoryModelUnloadRequest, context: _Context
     ) -> pb.RepositoryModelUnloadResponse:
         """See the proto."""
-        await self._models.unload(request.model_name)  # Triton's `unload_dependents` is about ensembles
+        # Triton's `unload_dependents` is about ensembles.
+        await self._administered("RepositoryModelUnload", request.model_name, context, self._models.unload)
         return pb.RepositoryModelUnloadResponse()
+
+    async def _administered(
+        self, method: str, name: str, context: _Context, change: Callable[[str], Awaitable[None]]
+    ) -> None:
+        """Change what is served, and have it stand in the audit log, where there is one, by whom."""
+        if self._audit:
+            self._audit.check()
+        outcome: str | None = None
+        try:
+            await change(name)
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            if self._audit:
+                await self._audit.record(method, outcome, name=name[:128], peer=context.peer())
 
     async def _infer(
         self, request: pb.ModelInferRequest, context: _Context, deadline: float | None
     ) -> pb.ModelInferResponse:
         with self._leased(request.model_name, request.model_version) as loaded, self._counting(loaded) as counted:
-            wanted = _wanted(request)
-            images = _images(request, loaded.engine.manifest.preprocess.input_size)
+            size = loaded.engine.manifest.preprocess.input_size
+            wanted, own_id, tensor = _wanted(request), request.id, _input(request, size)
             priority, timeout_s, boxes_for = _parameters(request.parameters)
             loaded.engine.check_findings(boxes_for)
             left_s = None if deadline is None else deadline - time.monotonic()
             remaining = [limit for limit in (timeout_s, left_s) if limit is not None]
             if self._audit:
                 self._audit.check()
-            ticket = loaded.scheduler.admit(min(remaining, default=None), priority, client_of(context), len(images))
+            client, count = client_of(context), tensor.shape[0]
+            ticket = loaded.scheduler.admit(min(remaining, default=None), priority, client, count)
             try:
-                predictions = await _gathered(
-                    [
-                        audited(
-                            self._audit,
-                            "ModelInfer",
-                            context.peer(),
-                            loaded,
-                            _recorded(image) if self._audit else b"",
-                            loaded.scheduler.predict(ticket, image, findings=boxes_for),
-                        )
-                        for image in images
-                    ]
-                )
+                images = await _images(request, tensor, size)
+                del request, tensor  # from here on, what the images take is the scheduler's to bound
+                answering = [
+                    audited(
+                        self._audit,
+                        "ModelInfer",
+                        context.peer(),
+                        loaded,
+                        _recorded(image) if self._audit else b"",
+                        loaded.scheduler.predict(ticket, image, findings=boxes_for),
+                    )
+                    for image in images
+                ]
+                del images
+                predictions = await _gathered(answering)
             finally:
                 loaded.scheduler.release(ticket)
-            counted.images += len(images)
+            began = time.perf_counter()
+            counted.images += count
             tensors = _outputs(predictions, loaded.engine.manifest.labels)
             response = pb.ModelInferResponse(
                 model_name=loaded.name,
                 model_version=str(loaded.version),
-                id=request.id,
+                id=own_id,
                 parameters={
                     "manifest_sha256": pb.InferParameter(string_param=loaded.bundle.sha256),
                     "backend": pb.InferParameter(string_param=predictions[0].backend),
@@ -257,12 +285,11 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
                 kind, array = tensors[name]
                 response.outputs.add(name=name, datatype=kind, shape=array.shape)
                 response.raw_output_contents.append(array.tobytes())
+            self._telemetry.stage(loaded.name, "write", time.perf_counter() - began)
             return response
 
-    @contextmanager
-    def _leased(self, name: str, version: str) -> Iterator[Loaded]:
-        with self._models.lease(name or None, _version(version)) as loaded:
-            yield loaded
+    def _leased(self, name: str, version: str) -> AbstractContextManager[Loaded]:
+        return self._models.lease(name or None, version_from_text(version))
 
     @contextmanager
     def _counting(self, loaded: Loaded) -> Iterator[_Counted]:
@@ -276,18 +303,23 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
             spent[1] += time.perf_counter_ns() - began
             counted.last_ms = time.time_ns() // 1_000_000
 
-    def _statistics(self, name: str, version: int) -> pb.ModelStatistics:
+    def _statistics(self, name: str, version: int, samples: _Samples) -> pb.ModelStatistics:
         """Requests of this protocol; stages and batches of all protocols, and of all versions of the model."""
         counted = self._counted[name, version]
-        stage = partial(_stage, self._telemetry, name)
-        batches = _sample(self._telemetry, "thoraxrt_batch_images_count", model=name)
+
+        def stage(*stages: str) -> pb.StatisticDuration:
+            """Images that passed the first of the stages, and their time in all of them."""
+            seconds = sum(samples.get(("thoraxrt_stage_seconds_sum", name, each), 0.0) for each in stages)
+            count = samples.get(("thoraxrt_stage_seconds_count", name, stages[0]), 0.0)
+            return pb.StatisticDuration(count=int(count), ns=int(seconds * 1e9))
+
         (succeeded, success_ns), (failed, fail_ns) = counted.spent[True], counted.spent[False]
         return pb.ModelStatistics(
             name=name,
             version=str(version),
             last_inference=counted.last_ms,
             inference_count=counted.images,
-            execution_count=int(batches),
+            execution_count=int(samples.get(("thoraxrt_batch_images_count", name, ""), 0.0)),
             inference_stats=pb.InferStatistics(
                 success=pb.StatisticDuration(count=succeeded, ns=success_ns),
                 fail=pb.StatisticDuration(count=failed, ns=fail_ns),
@@ -326,17 +358,10 @@ def _metadata(name: str, kind: str, shape: tuple[int, ...]) -> pb.ModelMetadataR
     return pb.ModelMetadataResponse.TensorMetadata(name=name, datatype=kind, shape=shape)
 
 
-def _version(text: str) -> int | None:
-    """A version number; None where any is meant. Raises RequestError."""
-    if not text:
-        return None
-    if not (text.isascii() and text.isdecimal() and len(text) < 19):
-        raise RequestError(f"the model's version is {text[:40]!r}; expected a whole number, or none for the highest")
-    return int(text)
-
-
 def _wanted(request: pb.ModelInferRequest) -> Sequence[str]:
     """The outputs that are asked for. Raises RequestError for one that no model has."""
+    if (count := len(request.outputs)) > len(_OUTPUTS):
+        raise RequestError(f"{count} outputs; expected each of {', '.join(_OUTPUTS)} once at most")
     names = [output.name for output in request.outputs]
     if unknown := [name for name in names if name not in _OUTPUTS]:
         raise RequestError(f"output {unknown[0][:80]!r}; expected some of {', '.join(_OUTPUTS)}")
@@ -345,14 +370,18 @@ def _wanted(request: pb.ModelInferRequest) -> Sequence[str]:
 
 def _parameters(given: Mapping[str, pb.InferParameter]) -> tuple[Priority, float | None, tuple[str, ...] | None]:
     """Priority, seconds until the answer is needed, and whose findings get boxes. Raises RequestError."""
-    values = {key: getattr(value, value.WhichOneof("parameter_choice") or "", None) for key, value in given.items()}
-    priority, timeout, boxes_for = (values.get(key) for key in ("priority", "timeout", "boxes_for"))
+    priority, timeout, boxes_for = (
+        getattr(given[key], given[key].WhichOneof("parameter_choice") or "", None) if key in given else None
+        for key in ("priority", "timeout", "boxes_for")
+    )
     if priority is not None and (isinstance(priority, bool) or not isinstance(priority, int) or priority < 0):
         raise RequestError("parameter priority is no whole number; expected 0 (default), 1 (STAT) or more (routine)")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0):
         raise RequestError("parameter timeout is no whole number; expected microseconds, or 0 for none")
-    if boxes_for is not None and not isinstance(boxes_for, str):
-        raise RequestError("parameter boxes_for is no string; expected findings, comma-separated")
+    if boxes_for is not None and (not isinstance(boxes_for, str) or len(boxes_for) > _LONGEST):
+        raise RequestError(
+            f"parameter boxes_for is no string of {_LONGEST} characters at most; expected findings, comma-separated"
+        )
     return (
         Priority.STAT if priority == 1 else Priority.ROUTINE,
         timeout / 1e6 if timeout else None,
@@ -360,8 +389,8 @@ def _parameters(given: Mapping[str, pb.InferParameter]) -> tuple[Priority, float
     )
 
 
-def _images(request: pb.ModelInferRequest, size: int) -> list[bytes | NetworkInput]:
-    """The request's images, at least one. Raises RequestError where its one input is not what it should be."""
+def _input(request: pb.ModelInferRequest, size: int) -> pb.ModelInferRequest.InferInputTensor:
+    """The request's one input, its shape what it should be. Raises RequestError."""
     if len(request.inputs) != 1:
         raise RequestError(f"{len(request.inputs)} inputs; expected one, image_bytes or image")
     (tensor,) = request.inputs
@@ -369,27 +398,40 @@ def _images(request: pb.ModelInferRequest, size: int) -> list[bytes | NetworkInp
     if tensor.name not in expected:
         raise RequestError(f"input {tensor.name[:80]!r}; expected image_bytes or image")
     kind, rest = expected[tensor.name]
-    shape = list(tensor.shape)
+    shape = list(tensor.shape[:8])
     if tensor.datatype != kind or not shape or shape[1:] != rest or shape[0] < 1:
         raise RequestError(
-            f"input {tensor.name} is {tensor.datatype[:20]} {shape[:8]}; expected {kind} [N{''.join(f', {n}' for n in rest)}] with N of at least 1"
+            f"input {tensor.name} is {tensor.datatype[:20]} {shape}; expected {kind} [N{''.join(f', {n}' for n in rest)}] with N of at least 1"
         )
     raw = request.raw_input_contents
     if raw and (len(raw) != 1 or tensor.HasField("contents")):
         raise RequestError(f"{len(raw)} raw inputs beside 1 input; expected one, and no contents beside it")
+    return tensor
+
+
+async def _images(
+    request: pb.ModelInferRequest, tensor: pb.ModelInferRequest.InferInputTensor, size: int
+) -> list[bytes | NetworkInput]:
+    """The input's images, as many as its shape says. Raises RequestError where those are not what it holds.
+
+    What is counted before it is taken apart stalls no other call.
+    """
+    raw, count = request.raw_input_contents, tensor.shape[0]
     if tensor.name == "image_bytes":
-        images = _elements(raw[0]) if raw else list(tensor.contents.bytes_contents)
-        _check_count("image_bytes", len(images), shape[0])
-        return list(images)
-    values = np.frombuffer(raw[0], np.uint8) if raw else _bytes(tensor.contents.uint_contents)
-    _check_count("image", values.size, shape[0] * size * size)
-    return [NetworkInput(array) for array in values.reshape(-1, size, size)]  # (S, S) each
+        contents = _elements(raw[0], count) if raw else tensor.contents.bytes_contents
+        _check_count("image_bytes", len(contents), count)
+        return list(contents)
+    values = raw[0] if raw else tensor.contents.uint_contents
+    _check_count("image", len(values), count * size * size)
+    data = values if isinstance(values, bytes) else await asyncio.to_thread(_bytes, values)
+    return [NetworkInput(array) for array in np.frombuffer(data, np.uint8).reshape(-1, size, size)]  # (S, S) each
 
 
-def _elements(raw: bytes) -> list[bytes]:
-    """The elements of a raw BYTES tensor. Raises RequestError where their lengths do not fit."""
-    elements, at = [], 0
-    while at < len(raw):
+def _elements(raw: bytes, most: int) -> list[bytes]:
+    """The elements of a raw BYTES tensor, or of more than `most` one more. Raises RequestError where a length does not fit."""
+    elements: list[bytes] = []
+    at = 0
+    while at < len(raw) and len(elements) <= most:
         length = struct.unpack_from("<I", raw, at)[0] if at + 4 <= len(raw) else len(raw)
         if at + 4 + length > len(raw):
             raise RequestError("image_bytes is cut off; expected each element after its length in 4 bytes")
@@ -398,16 +440,18 @@ def _elements(raw: bytes) -> list[bytes]:
     return elements
 
 
-def _bytes(values: Sequence[int]) -> npt.NDArray[np.uint8]:
-    array = np.array(values, np.uint32)
-    if array.size and array.max() > 255:
-        raise RequestError(f"image holds {array.max()}; expected 0 to 255")
-    return array.astype(np.uint8)
+def _bytes(values: Sequence[int]) -> bytes:
+    """In parts, so that other threads have their turn."""
+    try:
+        return b"".join(bytes(values[at : at + _PART]) for at in range(0, len(values), _PART))
+    except ValueError:
+        raise RequestError(f"image holds {max(values)}; expected 0 to 255") from None
 
 
 def _check_count(name: str, found: int, expected: int) -> None:
     if found != expected:
-        raise RequestError(f"input {name} has {found} elements; its shape says {expected}")
+        more = "or more " if found > expected else ""
+        raise RequestError(f"input {name} has {found} {more}elements; its shape says {expected}")
 
 
 async def _gathered(answering: Sequence[Any]) -> list[Prediction]:
@@ -454,15 +498,16 @@ def _outputs(
     }
 
 
-def _stage(telemetry: NullTelemetry, model: str, *stages: str) -> pb.StatisticDuration:
-    """Images that passed the first of the stages, and their time in all of them."""
-    names = [{"model": model, "stage": stage} for stage in stages]
-    count = _sample(telemetry, "thoraxrt_stage_seconds_count", **names[0])
-    seconds = sum(_sample(telemetry, "thoraxrt_stage_seconds_sum", **name) for name in names)
-    return pb.StatisticDuration(count=int(count), ns=int(seconds * 1e9))
+_Samples = Mapping[tuple[str, str, str], float]  # by metric, model and stage
 
 
-def _sample(telemetry: NullTelemetry, name: str, **labels: str) -> float:
-    if not isinstance(telemetry, Telemetry):  # switched off
-        return 0.0
-    return telemetry.registry.get_sample_value(name, labels) or 0.0
+def _samples(telemetry: NullTelemetry) -> _Samples:
+    """What the metrics say of stages and batches; of nothing where they are switched off."""
+    if not isinstance(telemetry, Telemetry):
+        return {}
+    names = ["thoraxrt_stage_seconds_count", "thoraxrt_stage_seconds_sum", "thoraxrt_batch_images_count"]
+    return {
+        (sample.name, sample.labels["model"], sample.labels.get("stage", "")): sample.value
+        for family in telemetry.registry.restricted_registry(names).collect()
+        for sample in family.samples
+    }

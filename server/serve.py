@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -31,7 +32,7 @@ from thoraxrt.server.models import Loaded, ModelState, ModelStatus
 from thoraxrt.server.oip import OIP_SERVICE_NAME, OpenInferenceService, Repository
 from thoraxrt.server.scheduler import Scheduler
 from thoraxrt.server.security import AccessInterceptor, Authenticator, SecurityOptions, check_exposure
-from thoraxrt.server.service import SERVICE_NAME, PredictionService
+from thoraxrt.server.service import SERVICE_NAME, PredictionService, Streams
 from thoraxrt.server.telemetry import NullTelemetry
 from thoraxrt.server.wire import MAX_MESSAGE_BYTES
 
@@ -44,7 +45,13 @@ _AHEAD_BYTES: Final = 512 * 1024
 """What is taken of a call's body before the call has been admitted (see grpc's flow control): most PNGs whole, without a
 round trip to ask for the rest."""
 
-_CALLS_PER_CONNECTION: Final = 1024
+_CALLS: Final = 1024
+"""At once, of one connection and of all. Each may hold what is taken ahead of it."""
+
+_CONNECTION_MS: Final = 60 * 60 * 1000
+"""How long a connection lives, and its calls may then go on: whose certificate is not taken any more has gone by then."""
+
+_STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +170,7 @@ def serve(
     """Serve until SIGINT or SIGTERM, then finish what is in flight and close the models.
 
     Each image's answer stands in `audit` before it is sent; telemetry and audit log stay their owner's.
-    A second signal ends the process at once. SIGHUP has the models looked at again; certificates and tokens are, all
+    A second signal ends the process at once, and so does the first one before the models are warm. SIGHUP has the models looked at again; certificates and tokens are, all
     the time. `announce` gets one line once the models are warm, with the port that
     was bound; by default it is printed. For the main thread, because signals arrive there. Raises ServerError where a
     port cannot be bound, RequestError where strangers could reach it, ConfigError for certificates or tokens that
@@ -171,8 +178,13 @@ def serve(
     """
 
     async def run() -> None:
-        stopping, hung_up = _signalled()
+        loop, hung_up = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGHUP, hung_up.set)
+        for number in _STOPPING:
+            # There is nothing to finish yet, and what is being compiled cannot be stopped: that may take minutes.
+            loop.add_signal_handler(number, os._exit, 0)
         async with listening(models, options, telemetry, audit) as bound:
+            stopping = _signalled()
             line = f"serving {SERVICE_NAME} on {_address(options.host, bound)}"
             print(line, flush=True) if announce is None else announce(line)
             refreshing = asyncio.create_task(_refreshed(models, hung_up))
@@ -241,11 +253,16 @@ async def listening(
     check_exposure(options.host, bool(security.tls), options.insecure, authenticates=security.authenticates)
     authenticator = Authenticator(security)
     access = [AccessInterceptor(authenticator, security)] if security.authenticates else []
-    server = grpc.aio.server(interceptors=[Calls(telemetry), *access], options=_channel_options(options))
-    service, names = PredictionService(models, telemetry, audit), (SERVICE_NAME, OIP_SERVICE_NAME)
+    server = grpc.aio.server(
+        interceptors=[Calls(telemetry, options.max_message_bytes), *access],
+        options=_channel_options(options),
+        maximum_concurrent_rpcs=_CALLS,
+    )
+    streams, names = Streams(telemetry), (SERVICE_NAME, OIP_SERVICE_NAME)
+    service = PredictionService(models, telemetry, streams, audit, options.max_message_bytes)
     state = Health(names, models.ready)
     service.add_to(server)
-    OpenInferenceService(models, telemetry, audit).add_to(server)
+    OpenInferenceService(models, telemetry, streams, audit).add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     async with AsyncExitStack() as closing:  # in the reverse order
@@ -254,7 +271,7 @@ async def listening(
         bound = _bind(server, options)
         await server.start()
         closing.push_async_callback(server.stop, options.grace_s)
-        closing.callback(service.stop)
+        closing.callback(streams.stop)
         closing.callback(state.stop)
         await authenticator.start()
         await models.start()
@@ -267,7 +284,9 @@ def _channel_options(options: ServeOptions) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
         ("grpc.so_reuseport", 0),  # else a second server on the port takes half the calls in silence
-        ("grpc.max_concurrent_streams", _CALLS_PER_CONNECTION),
+        ("grpc.max_concurrent_streams", _CALLS),
+        ("grpc.max_connection_age_ms", _CONNECTION_MS),
+        ("grpc.max_connection_age_grace_ms", _CONNECTION_MS),
         # Else gRPC takes megabytes of a body ahead of the reader, to keep a long line busy.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", _AHEAD_BYTES),
@@ -304,20 +323,18 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _signalled() -> tuple[asyncio.Event, asyncio.Event]:
-    """Set at the first SIGINT or SIGTERM, of which the second does what it does by default; and set at each SIGHUP."""
-    loop, stopping, hung_up = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
+def _signalled() -> asyncio.Event:
+    """Set at the first SIGINT or SIGTERM, of which the second does what it does by default."""
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
 
     def stop() -> None:
         stopping.set()
-        for number in numbers:
+        for number in _STOPPING:
             loop.remove_signal_handler(number)
 
-    for number in numbers:
+    for number in _STOPPING:
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, hung_up.set)
-    return stopping, hung_up
+    return stopping
 
 
 async def _refreshed(models: ServedModels, hung_up: asyncio.Event) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import grpc
 import msgspec
@@ -27,13 +29,14 @@ from thoraxrt.engine.overlay import render_overlay
 from thoraxrt.engine.preprocess import PreprocessSpec
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.audit import AuditLog
-from thoraxrt.server.batching import Priority, Ticket
+from thoraxrt.server.batching import Priority, RefusedError, Ticket
 from thoraxrt.server.calls import deadline_of, status_from_exception, whole
 from thoraxrt.server.models import Loaded
 from thoraxrt.server.principal import ANONYMOUS, current_principal
 from thoraxrt.server.status import Status
 from thoraxrt.server.telemetry import NullTelemetry
 from thoraxrt.server.wire import (
+    MAX_MESSAGE_BYTES,
     MODEL_KEY,
     ORDER_KEY,
     PRIORITY_KEY,
@@ -49,7 +52,17 @@ from thoraxrt.server.wire import (
     options_from_message,
 )
 
-__all__ = ["SERVICE_NAME", "STREAM_IMAGES", "STUDY_IMAGES", "Lender", "PredictionService", "audited", "client_of"]
+__all__ = [
+    "SERVICE_NAME",
+    "STREAM_IMAGES",
+    "STUDY_IMAGES",
+    "Lender",
+    "PredictionService",
+    "Streams",
+    "audited",
+    "client_of",
+    "version_from_text",
+]
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PredictionService"].full_name
 
@@ -57,8 +70,13 @@ STUDY_IMAGES: Final = 16
 STREAM_IMAGES: Final = 32
 """Images of one study, and of one stream in flight, at most; part of the wire contract."""
 
-_STREAMS: Final = 64
-"""Streams that may be open at once. Each may hold one image that has not been admitted."""
+_READ_BYTES: Final = 1024 * 1024 * 1024
+"""What the bodies of this service's unary calls may take while they are being received, half of it one client's: a slow
+line must not keep the others waiting."""
+
+_STREAMS: Final = 32
+_CLIENT_STREAMS: Final = 8
+"""Streams that may be open at once, and of one client. Each may hold one image that has not been admitted."""
 
 _PATIENCE_S: Final = 60.0
 """How long an image of a stream without a deadline waits for room."""
@@ -73,7 +91,7 @@ _IDLE_S: Final = 300.0
 if TYPE_CHECKING:  # generic in the stubs only
     _Context = grpc.aio.ServicerContext[Any, Any]
 
-_Message = TypeVar("_Message", pb.PredictRequest, pb.PredictStudyRequest)
+_Message = TypeVar("_Message")
 _Word = TypeVar("_Word", bound=Enum)
 
 
@@ -107,13 +125,10 @@ class _Call:
     def of(cls, method: str, context: _Context) -> _Call:
         """Raises RequestError for metadata that means nothing."""
         said = {key: str(value) for key, value in context.invocation_metadata() or ()}
-        version = said.get(VERSION_KEY)
-        if version is not None and not (version.isascii() and version.isdecimal() and len(version) < 19):
-            raise RequestError(f"{VERSION_KEY} is {version[:40]!r}; expected a whole number")
         return cls(
             method=method,
             model=said.get(MODEL_KEY),
-            version=None if version is None else int(version),
+            version=version_from_text(said.get(VERSION_KEY, "")),
             priority=_word(said, PRIORITY_KEY, Priority.ROUTINE),
             order=_word(said, ORDER_KEY, _Order.REQUEST),
             client=client_of(context),
@@ -131,6 +146,15 @@ def _word(said: dict[str, str], key: str, default: _Word) -> _Word:
     if (value := said.get(key, default.value)) not in words:
         raise RequestError(f"{key} is {value[:40]!r}; expected {' or '.join(words)}")
     return words[value]
+
+
+def version_from_text(text: str) -> int | None:
+    """A model's version; None where any is meant. Raises RequestError."""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 19):
+        raise RequestError(f"the model's version is {text[:40]!r}; expected a whole number, or none for the highest")
+    return int(text)
 
 
 def client_of(context: _Context) -> str:
@@ -160,19 +184,89 @@ async def audited(
     return prediction
 
 
-class PredictionService:
-    """The calls of `thoraxrt.v1.PredictionService`; the models stay their owner's.
+class Streams:
+    """The streams that are open, whatever their service: so many and no more, none idle, none once the server stops."""
 
-    When the server stops, `stop` ends what would go on: streams take no further image, and end once what they have is
-    answered. `close` waits for the drawing to end.
+    def __init__(self, telemetry: NullTelemetry) -> None:
+        self._telemetry = telemetry
+        self._open: Counter[str] = Counter()  # by client
+        self._waiting: set[asyncio.Timeout] = set()
+        self._stopping = False
+
+    @asynccontextmanager
+    async def opened(self, client: str) -> AsyncIterator[asyncio.TaskGroup]:
+        """A client's stream while the block reads it; then the tasks that answer it are waited for.
+
+        Raises OverloadedError where there are too many, what the block or a task raises, and ServerError once the
+        server stops.
+        """
+        for whose, count, most in (
+            ("", self._open.total(), _STREAMS),
+            (" of this client", self._open[client], _CLIENT_STREAMS),
+        ):
+            if count >= most:
+                self._telemetry.refused("", "streams")  # of no model yet
+                raise OverloadedError(
+                    f"{most} streams{whose} are open, as many as may be; try again", retry_after_s=1.0
+                )
+        self._open[client] += 1
+        try:
+            async with asyncio.TaskGroup() as answering:
+                yield answering
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            self._open -= Counter([client])
+        if self._stopping:
+            raise ServerError("the server is stopping, and reads no further image; send the others again, elsewhere")
+
+    async def next(self, requests: AsyncIterator[_Message]) -> _Message | None:
+        """A stream's next request; None where there is none, or the server stops. Raises DeadlineError."""
+        if self._stopping:
+            return None
+        waiting = asyncio.timeout(_IDLE_S)
+        self._waiting.add(waiting)
+        try:
+            async with waiting:
+                return await anext(requests, None)
+        except TimeoutError:
+            if self._stopping:
+                return None
+            raise DeadlineError(f"no image came for {_IDLE_S:g} s; close a stream that has no more") from None
+        finally:
+            self._waiting.remove(waiting)
+
+    def stop(self) -> None:
+        """Have the streams take no further image; they end once what they have is answered."""
+        self._stopping = True
+        for waiting in self._waiting:
+            if not waiting.expired():
+                waiting.reschedule(0.0)
+
+
+class PredictionService:
+    """The calls of `thoraxrt.v1.PredictionService`; models and streams stay their owner's.
+
+    `close` waits for the drawing to end.
     """
 
-    def __init__(self, models: Lender, telemetry: NullTelemetry, audit: AuditLog | None = None) -> None:
+    def __init__(
+        self,
+        models: Lender,
+        telemetry: NullTelemetry,
+        streams: Streams,
+        audit: AuditLog | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
         self._models = models
         self._telemetry = telemetry
+        self._streams = streams
         self._audit = audit
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="drawing")
-        self._streams: set[_Stream] = set()
+        bodies = max(_READ_BYTES // (2 * max_message_bytes), 2)  # gRPC holds a body twice while it hands it over
+        self._bodies = asyncio.Semaphore(bodies)
+        self._client_bodies = bodies // 2
+        self._bodies_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the calls; those that bring images as streams, whose messages are read when they ask for them.
@@ -194,10 +288,12 @@ class PredictionService:
         """See the proto."""
         call = _Call.of("Predict", context)
         with self._leased(call) as loaded, self._admitted(call, loaded) as ticket:
-            request = await self._only(requests, loaded, ticket)
-            answering = self._reply(call, loaded, ticket, request.image, options_from_message(request.options))
-            del request
-            return self._written(loaded, message_from_reply(await answering))
+            async with self._only(call, requests, loaded, ticket) as body:
+                request = body.pop()
+                answering = self._reply(call, loaded, ticket, request.image, options_from_message(request.options))
+                del request
+                reply = await answering
+            return self._written(loaded, message_from_reply(reply))
 
     async def PredictStudy(  # noqa: N802
         self, requests: AsyncIterator[pb.PredictStudyRequest], context: _Context
@@ -205,20 +301,21 @@ class PredictionService:
         """See the proto. The images beyond the first are admitted once they have been counted."""
         call = _Call.of("PredictStudy", context)
         with self._leased(call) as loaded, self._admitted(call, loaded) as first:
-            request = await self._only(requests, loaded, first)
-            if not 1 <= (count := len(request.images)) <= STUDY_IMAGES:
-                raise RequestError(f"the study has {count} images; expected 1 to {STUDY_IMAGES}")
-            options = options_from_message(request.options)
-            loaded.engine.check_findings(options.boxes_for)
-            names = [image.id for image in request.images]
-            with self._admitted(call, loaded, images=count - 1) if count > 1 else nullcontext(first) as others:
-                tickets = [first] + [others] * (count - 1)
-                answering = [
-                    self._answer(call, loaded, ticket, image.image, options)
-                    for ticket, image in zip(tickets, request.images, strict=True)
-                ]
-                del request
-                study = Study.of(await asyncio.gather(*answering), loaded.bundle.sha256)
+            async with self._only(call, requests, loaded, first) as body:
+                request = body.pop()
+                if not 1 <= (count := len(request.images)) <= STUDY_IMAGES:
+                    raise RequestError(f"the study has {count} images; expected 1 to {STUDY_IMAGES}")
+                options = options_from_message(request.options)
+                loaded.engine.check_findings(options.boxes_for)
+                names = [image.id for image in request.images]
+                with self._admitted(call, loaded, images=count - 1) if count > 1 else nullcontext(first) as others:
+                    tickets = [first] + [others] * (count - 1)
+                    answering = [
+                        self._answer(call, loaded, ticket, image.image, options)
+                        for ticket, image in zip(tickets, request.images, strict=True)
+                    ]
+                    del request
+                    study = Study.of(await asyncio.gather(*answering), loaded.bundle.sha256)
             return self._written(loaded, message_from_study(names, study))
 
     async def PredictStream(  # noqa: N802
@@ -226,14 +323,8 @@ class PredictionService:
     ) -> None:
         """See the proto."""
         call = _Call.of("PredictStream", context)
-        if len(self._streams) >= _STREAMS:
-            raise OverloadedError(f"{_STREAMS} streams are open, as many as may be; try again", retry_after_s=1.0)
-        stream = _Stream(self, call, context.write)
-        self._streams.add(stream)
-        try:
-            await stream.run(requests)
-        finally:
-            self._streams.remove(stream)
+        async with self._streams.opened(call.client) as answering:
+            await _Stream(self, call, context.write, answering).read(partial(self._streams.next, requests))
 
     async def GetModel(self, request: pb.GetModelRequest, context: _Context) -> bytes:  # noqa: N802
         """See the proto."""
@@ -244,11 +335,6 @@ class PredictionService:
             )
         return message_from_model(model).SerializeToString()
 
-    def stop(self) -> None:
-        """Have the streams take no further image."""
-        for stream in self._streams:
-            stream.stop()
-
     async def close(self) -> None:
         """Drop what waits for the drawing, and wait for what runs there."""
         await asyncio.to_thread(self._drawing.shutdown, wait=True, cancel_futures=True)
@@ -257,29 +343,48 @@ class PredictionService:
         return self._models.lease(call.model, call.version)
 
     @contextmanager
-    def _admitted(self, call: _Call, loaded: Loaded, images: int = 1) -> Iterator[Ticket[Any]]:
+    def _admitted(self, call: _Call, loaded: Loaded, images: int = 1, *, final: bool = True) -> Iterator[Ticket[Any]]:
         """Room for so many images, given back with the block's end."""
         if self._audit:
             self._audit.check()
-        ticket = loaded.scheduler.admit(call.time_remaining(), call.priority, call.client, images)
+        ticket = loaded.scheduler.admit(call.time_remaining(), call.priority, call.client, images, final=final)
         try:
             yield ticket
         finally:
             loaded.scheduler.release(ticket)
 
-    async def _only(self, requests: AsyncIterator[_Message], loaded: Loaded, ticket: Ticket[Any]) -> _Message:
-        """The one message of a call, which is read now; by the ticket's deadline, so that nobody keeps its room."""
+    @asynccontextmanager
+    async def _only(
+        self, call: _Call, requests: AsyncIterator[_Message], loaded: Loaded, ticket: Ticket[Any]
+    ) -> AsyncIterator[list[_Message]]:
+        """The one message of a call, in a list so that the block alone holds it.
+
+        That it is the only one is seen while the block answers it, and is certain once the block has ended.
+        """
         began = time.perf_counter()
+        message = await self._read(call, requests, ticket)
+        if message is None:
+            raise RequestError("the call brought no message; expected one")
+        self._telemetry.stage(loaded.name, "read", time.perf_counter() - began)
+        body, end = [message], asyncio.create_task(self._read(call, requests, ticket))
+        del message
         try:
-            async with asyncio.timeout_at(ticket.deadline):
-                message = await anext(requests, None)
-                more = message is not None and await anext(requests, None) is not None
+            yield body
+        except asyncio.CancelledError:
+            end.cancel()
+            raise
+        finally:
+            if await end is not None:
+                raise RequestError("the call brought several messages; expected one")
+
+    async def _read(self, call: _Call, requests: AsyncIterator[_Message], ticket: Ticket[Any]) -> _Message | None:
+        """A call's next message, None at its end; by the ticket's deadline, so that nobody keeps its room."""
+        own = self._bodies_of.setdefault(call.client, asyncio.Semaphore(self._client_bodies))
+        try:
+            async with asyncio.timeout_at(ticket.deadline), own, self._bodies:
+                return await anext(requests, None)
         except TimeoutError:
             raise DeadlineError("the deadline passed while the image was being received; allow more time") from None
-        if message is None or more:
-            raise RequestError(f"the call brought {'several messages' if more else 'no message'}; expected one")
-        self._telemetry.stage(loaded.name, "read", time.perf_counter() - began)
-        return message
 
     async def _reply(self, call: _Call, loaded: Loaded, ticket: Ticket[Any], image: bytes, options: Options) -> Reply:
         """One image's reply."""
@@ -321,46 +426,31 @@ class PredictionService:
 class _Stream:
     """One PredictStream: reads as long as there is room, and answers each image in a task of its own."""
 
-    def __init__(self, service: PredictionService, call: _Call, write: Callable[[bytes], Any]) -> None:
+    def __init__(
+        self, service: PredictionService, call: _Call, write: Callable[[bytes], Any], answering: asyncio.TaskGroup
+    ) -> None:
         self._service = service
         self._call = call
         self._write = write
+        self._answering = answering
         self._room = asyncio.Semaphore(STREAM_IMAGES)
         self._writing = asyncio.Lock()
-        self._reading: asyncio.Timeout | None = None
-        self._stopping = False
 
-    def stop(self) -> None:
-        """Take no further image."""
-        self._stopping = True
-        if self._reading:
-            self._reading.reschedule(0.0)
-
-    async def run(self, requests: AsyncIterator[pb.PredictStreamRequest]) -> None:
-        """Answer all requests. Raises what ends the stream."""
-        try:
-            async with asyncio.TaskGroup() as answering:
-                await self._run(requests, answering)
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
-        if self._stopping:
-            raise ServerError("the server is stopping, and reads no further image; send the others again, elsewhere")
-
-    async def _run(self, requests: AsyncIterator[pb.PredictStreamRequest], answering: asyncio.TaskGroup) -> None:
+    async def read(self, receive: Callable[[], Awaitable[pb.PredictStreamRequest | None]]) -> None:
+        """Have all requests answered. Raises what ends the stream."""
         before = asyncio.Event()  # the answer before the next one has been written
         before.set()
         while True:
             await self._room.acquire()
-            request = await self._next(requests)
+            request = await receive()
             if request is None:
                 return
             written = asyncio.Event()
             opened = ExitStack()
             admitted = await self._admitted(opened)
             turn = before if self._call.order is _Order.REQUEST else None
-            task = answering.create_task(
-                self._answer(request.id, admitted, request.image, options_from_message(request.options), turn)
-            )
+            options = options_from_message(request.options)
+            task = self._answering.create_task(self._answer(request.id, admitted, opened, request.image, options, turn))
             # In a callback, because a task that is cancelled before its first step never runs.
             task.add_done_callback(partial(self._ended, opened, written))
             before = written
@@ -371,20 +461,6 @@ class _Stream:
         written.set()
         self._room.release()
 
-    async def _next(self, requests: AsyncIterator[pb.PredictStreamRequest]) -> pb.PredictStreamRequest | None:
-        """The next request; None where there is none, or the server stops."""
-        if self._stopping:
-            return None
-        try:
-            async with asyncio.timeout(_IDLE_S) as self._reading:
-                return await anext(requests, None)
-        except TimeoutError:
-            if self._stopping:
-                return None
-            raise DeadlineError(f"no image came for {_IDLE_S:g} s; close a stream that has no more") from None
-        finally:
-            self._reading = None
-
     async def _admitted(self, opened: ExitStack) -> tuple[Loaded, Ticket[Any]] | Status:
         """The model and the ticket for one image, which are `opened`'s; a Status where there is no room for too long."""
         until = self._call.deadline or time.monotonic() + _PATIENCE_S
@@ -392,10 +468,11 @@ class _Stream:
             with ExitStack() as trying:  # so that waiting holds up no reload
                 loaded = trying.enter_context(self._service._leased(self._call))
                 try:
-                    ticket = trying.enter_context(self._service._admitted(self._call, loaded))
-                except OverloadedError as error:
+                    ticket = trying.enter_context(self._service._admitted(self._call, loaded, final=False))
+                except RefusedError as error:
                     wait_s = min(max(error.retry_after_s, _SHORTEST_WAIT_S), _LONGEST_WAIT_S)
                     if time.monotonic() + wait_s > until:
+                        self._service._telemetry.refused(loaded.name, error.reason)
                         return status_from_exception(self._call.method, error)
                 except DeadlineError as error:
                     return status_from_exception(self._call.method, error)
@@ -408,6 +485,7 @@ class _Stream:
         self,
         name: str,
         admitted: tuple[Loaded, Ticket[Any]] | Status,
+        opened: ExitStack,
         image: bytes,
         options: Options,
         turn: asyncio.Event | None,
@@ -422,6 +500,7 @@ class _Stream:
             answer = await answering
         data = pb.PredictStreamResponse(answer=message_from_answer(name, answer)).SerializeToString()
         del answer
+        opened.close()  # a client that does not read holds up no reload
         if turn:
             await turn.wait()
         began = time.perf_counter()

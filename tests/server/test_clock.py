@@ -56,9 +56,9 @@ def admitted(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     left: list[float | None] = []
     admit = Scheduler.admit
 
-    def noted(self: Scheduler, deadline_s: float | None, *rest: Any) -> Any:
+    def noted(self: Scheduler, deadline_s: float | None, *rest: Any, **named: Any) -> Any:
         left.append(deadline_s)
-        return admit(self, deadline_s, *rest)
+        return admit(self, deadline_s, *rest, **named)
 
     monkeypatch.setattr(Scheduler, "admit", noted)
     return left

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import numpy as np
 import pytest
 from google.protobuf.descriptor import Descriptor
 
+from tests.server.conftest import Gate, Told
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.engine.decode import decode
+from thoraxrt.engine.decode import ThreadDecoder, decode
 from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.execute import NetworkInput
 from thoraxrt.engine.preprocess import network_input
@@ -27,7 +30,7 @@ from thoraxrt.server.audit import AuditLog, AuditOptions, verify
 from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.decoding import ProcessDecoder
 from thoraxrt.server.models import EngineOptions, Models
-from thoraxrt.server.serve import ServeOptions, running_server
+from thoraxrt.server.serve import OneModel, ServeOptions, running_server
 from thoraxrt.server.telemetry import Telemetry
 
 CODE = grpc.StatusCode
@@ -241,9 +244,14 @@ def test_contents_may_be_typed_or_raw_and_geometry_the_clients(stub: Any, engine
         ({"inputs": [tensor("image_bytes", "BYTES", [1])], "raw_input_contents": [b"", b""]}, "2 raw inputs"),
         ({"inputs": [tensor("image", "UINT8", [1, 1, 3, 3])]}, "expected UINT8 [N, 1, "),
         ({"inputs": [tensor("image_bytes", "BYTES", [1])], "outputs": [{"name": "cam"}]}, "output 'cam'"),
-        ({"inputs": [tensor("image_bytes", "BYTES", [1000])], "raw_input_contents": [raw(*[b""] * 1000)]}, "1000 images"),
+        ({"inputs": [tensor("image_bytes", "BYTES", [1])], "outputs": [{"name": "logits"}] * 5}, "5 outputs; expected"),
+        ({"inputs": [tensor("image_bytes", "BYTES", [1000])], "raw_input_contents": [b"a"]}, "1000 images"),
+        ({"inputs": [tensor("image_bytes", "BYTES", [1])], "raw_input_contents": [bytes(4_000_000)]}, "has 2 or more"),
+        ({"inputs": [tensor("image", "UINT8", [1, 1, 64, 64], contents={"uint_contents": [1]})]}, "has 1 elements"),
+        ({"inputs": [tensor("image", "UINT8", [1, 1, 64, 64], contents={"uint_contents": [256] * 4096})]}, "holds 256"),
         ({"parameters": {"priority": pb.InferParameter(string_param="high")}}, "priority is no whole number"),
         ({"parameters": {"boxes_for": pb.InferParameter(string_param="Gout")}}, "unknown finding Gout"),
+        ({"parameters": {"boxes_for": pb.InferParameter(string_param="," * 5000)}}, "no string of 4096 characters"),
         ({"model_version": "three"}, "expected a whole number"),
     ],
 )  # fmt: skip
@@ -310,6 +318,81 @@ def test_the_protos_comments_say_what_the_tensors_are() -> None:
         assert f"  {name} " in text
 
 
+def test_a_request_is_held_no_longer_than_its_images_wait(
+    gated_engine: Engine, gate: Gate, told: Told, images: list[bytes]
+) -> None:
+    """What the images take is bounded by the scheduler's options, a message that nobody has counted by nothing."""
+    inputs = [tensor("image_bytes", "BYTES", [1])]
+    data = pb.ModelInferRequest(inputs=inputs, raw_input_contents=[raw(images[0])]).SerializeToString()
+    with (
+        running_server(OneModel(gated_engine, told), telemetry=told) as port,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        gate.shut()
+        before = _alive()
+        call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(iter([data] * 8))
+        told.wait_for("queue", 8)
+        assert _alive() - before <= 1  # that which gRPC gave last
+        gate.open()
+        assert len(list(call)) == 8
+
+
+def _alive() -> int:
+    return sum(type(one) is pb.ModelInferRequest for one in gc.get_objects())
+
+
+def test_statistics_ask_for_nothing_but_stages_and_batches(engine: Engine, images: list[bytes]) -> None:
+    telemetry, asked = Telemetry(), []
+    telemetry.gpu_memory(lambda: asked.append("the GPU") or ())
+    with (
+        running_server(OneModel(engine, telemetry), telemetry=telemetry) as port,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        inputs = [tensor("image_bytes", "BYTES", [2])]
+        asked.clear()
+        stub.ModelInfer(pb.ModelInferRequest(inputs=inputs, raw_input_contents=[raw(*images[:2])]))
+        infer, until = 0, time.monotonic() + 10
+        while infer < 2 and time.monotonic() < until:  # it is reported once the answers are on their way
+            (model,) = stub.ModelStatistics(pb.ModelStatisticsRequest()).model_stats
+            infer = model.inference_stats.compute_infer.count
+    stats = model.inference_stats
+    assert asked == []
+    assert (model.inference_count, model.execution_count) in ((2, 1), (2, 2))
+    assert [part.count for part in (stats.queue, stats.compute_input, stats.compute_infer)] == [2, 2, 2]
+    assert stats.compute_output.count == 1
+    assert min(part.ns for part in (stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output)) > 0
+
+
+def test_the_audit_log_says_what_was_loaded_and_unloaded(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "1").symlink_to(tiny_bundle.path)
+    options = AuditOptions(path=tmp_path / "audit.jsonl")
+    with ThreadDecoder(1) as decoder, AuditLog(options) as audit:
+        models = Models(
+            tmp_path / "models",
+            decoder,
+            BatchingOptions(),
+            Telemetry(),
+            engine=EngineOptions(backend="onnxruntime"),
+        )
+        with (
+            running_server(models, audit=audit) as port,
+            grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ):
+            stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="tiny"))
+            stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="tiny"))
+            with pytest.raises(grpc.RpcError):
+                stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="no"))
+    lines = [json.loads(line) for line in options.path.read_text().splitlines()]
+    assert [(line["method"], line["name"], line.get("error")) for line in lines if "method" in line] == [
+        ("RepositoryModelUnload", "tiny", None),
+        ("RepositoryModelLoad", "tiny", None),
+        ("RepositoryModelLoad", "no", "ModelNotFoundError"),
+    ]
+
+
 def test_answers_stand_in_the_audit_log(tiny_bundle: Bundle, images: list[bytes], tmp_path: Path) -> None:
     options = AuditOptions(path=tmp_path / "audit.jsonl")
     with (
@@ -327,5 +410,5 @@ def test_answers_stand_in_the_audit_log(tiny_bundle: Bundle, images: list[bytes]
     lines = [json.loads(line) for line in options.path.read_text().splitlines()]
     recorded = [line for line in lines if line.get("method") == "ModelInfer"]
     digests = [line["input"] for line in recorded]
-    assert digests[:2] == [hashlib.sha256(image).hexdigest() for image in images[:2]]
+    assert set(digests[:2]) == {hashlib.sha256(image).hexdigest() for image in images[:2]}  # as they were answered
     assert hashlib.sha256(b"no image").hexdigest() in digests[2:]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from google.protobuf import message_factory
@@ -16,7 +19,10 @@ from PIL import Image
 from thoraxrt import __version__
 from thoraxrt.engine.errors import ImageFormatError, RequestError
 from thoraxrt.engine.overlay import render_overlay
+from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
+from thoraxrt.server import service
 from thoraxrt.server.client import Client, Reply
+from thoraxrt.server.serve import running_server
 from thoraxrt.server.wire import model_from_bundle
 
 
@@ -151,3 +157,45 @@ def test_a_client_that_knows_only_reflection_gets_findings(channel, engine, radi
         (f.finding, f.probability, f.logit, f.reported) for f in expected.findings
     ]
     assert len(response.prediction.boxes) == len(expected.boxes)
+
+
+PREDICT = "/thoraxrt.v1.PredictionService/Predict"
+
+
+def test_bodies_come_in_by_turns(engine, radiograph, monkeypatch, told):
+    monkeypatch.setattr(service, "_READ_BYTES", 1)  # room for one of a client's
+    request, ended = pb.PredictRequest(image=radiograph(0)).SerializeToString(), threading.Event()
+    with running_server(engine, telemetry=told) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        first = channel.stream_unary(PREDICT).future(iter(ended.wait, True), timeout=30)  # its body does not come
+        told.wait_for("begun", PREDICT)
+        second = channel.unary_unary(PREDICT).future(request, timeout=30)
+        told.wait_for("begun", PREDICT)
+        time.sleep(0.2)
+        assert told.heard("stage") == []
+        first.cancel()
+        assert pb.PredictResponse.FromString(second.result()).prediction.width == 97
+        ended.set()
+
+
+def test_an_image_is_predicted_while_the_calls_end_is_awaited(gated_engine, gate, radiograph, told):
+    """A client that says so late that there is no second message waits for nothing but that."""
+    request = pb.PredictRequest(image=radiograph(0)).SerializeToString()
+    with running_server(gated_engine, telemetry=told) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for more, error in (((), None), ((request,), "the call brought several messages; expected one")):
+            gate.shut()
+            said = threading.Event()
+
+            def sent(more=more, said=said):
+                yield request
+                assert said.wait(20)
+                yield from more
+
+            call = channel.stream_unary(PREDICT).future(sent(), timeout=30)
+            assert gate.entered.acquire(timeout=20)
+            gate.open()
+            said.set()
+            if error:
+                assert call.exception(timeout=20).code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert call.exception().details() == error
+            else:
+                assert pb.PredictResponse.FromString(call.result()).prediction.width == 97

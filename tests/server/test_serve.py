@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.errors import BackendError, RequestError, ServerError
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
+from thoraxrt.server import serve as serving
 from thoraxrt.server.certificates import TlsOptions
 from thoraxrt.server.client import Client
 from thoraxrt.server.oip import OIP_SERVICE_NAME
@@ -48,6 +49,14 @@ REFUSING = """from thoraxrt.engine.errors import BundleError
                 raise fault
             raise BundleError("a damaged bundle")
     serve(Refusing"""
+
+
+COMPILING = """import asyncio, time
+    class Compiling(OneModel):
+        async def start(self):
+            print("compiling", flush=True)
+            await asyncio.to_thread(time.sleep, 60)
+    serve(Compiling"""
 
 
 def health_of(channel: grpc.Channel, service: str) -> int:
@@ -243,6 +252,40 @@ def test_a_stop_waits_no_longer_than_its_grace(gated_engine, gate, radiograph):
         assert not stopping.is_alive()
 
 
+def test_more_calls_than_may_be_open_are_refused_whatever_their_connection(engine, monkeypatch):
+    monkeypatch.setattr(serving, "_CALLS", 2)
+    request = health_pb2.HealthCheckRequest()
+    with running_server(engine) as port, contextlib.ExitStack() as stack:
+        one, other = (
+            stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)]))
+            for _ in range(2)
+        )
+        watches = [health_pb2_grpc.HealthStub(channel).Watch(request, timeout=20) for channel in (one, other)]
+        assert [next(watch).status for watch in watches] == [SERVING, SERVING]
+        with pytest.raises(grpc.RpcError) as caught:
+            health_of(other, "")
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        watches[0].cancel()
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            with contextlib.suppress(grpc.RpcError):
+                assert health_of(other, "") == SERVING
+                break
+        else:
+            pytest.fail("the call that ended left no room")
+
+
+def test_a_connection_ends_however_long_its_calls(engine, monkeypatch):
+    monkeypatch.setattr(serving, "_CONNECTION_MS", 300)
+    with running_server(engine) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+        assert next(watch).status == SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            next(watch)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert health_of(channel, "") == SERVING  # by another one
+
+
 def test_a_second_server_on_the_port_is_refused_in_one_line(engine, address, capfd):
     port = int(address.rpartition(":")[2])
     with pytest.raises(ServerError, match=rf"cannot listen on 127.0.0.1:{port}: .*in use; choose another --port"):
@@ -284,6 +327,19 @@ def test_it_listens_on_ipv6(engine):
         pytest.skip("this machine has no IPv6 loopback")
     with running_server(engine, ServeOptions(host="::1", port=0)) as port, Client(f"[::1]:{port}") as client:
         assert client.model().precision == "fp32"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_it_is_warm_ends_it_at_once(tiny_bundle, number):
+    script = SERVE.replace("serve(OneModel", COMPILING)
+    with subprocess.Popen([sys.executable, "-c", script, str(tiny_bundle.path)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"compiling\n"
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(number)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

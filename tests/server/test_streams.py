@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -18,12 +19,14 @@ from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
 from thoraxrt.server import service
 from thoraxrt.server.batching import BatchingOptions
+from thoraxrt.server.models import Loaded
 from thoraxrt.server.serve import OneModel, ServeOptions, running_server
 from thoraxrt.server.service import STREAM_IMAGES, STUDY_IMAGES
 from thoraxrt.server.status import ERROR_KEY, PUSHBACK_KEY
 from thoraxrt.server.wire import answer_from_message, reply_from_message, study_from_message
 
 AS_COMPLETED = (("thoraxrt-order", "completion"),)
+STREAMS = ("/thoraxrt.v1.PredictionService/PredictStream", "/inference.GRPCInferenceService/ModelStreamInfer")
 
 
 @contextmanager
@@ -246,17 +249,19 @@ def test_a_full_queue_slows_a_stream_and_loses_nothing_of_it(gated_engine, gate,
     with running_server(model, telemetry=told) as port, stub_of(port) as stub:
         gate.shut()
         call = stub.PredictStream(requests_of((str(i), radiograph(i)) for i in range(20)), timeout=20)
-        told.wait_for("refused", "images")
+        told.wait_for("queue", 2)
+        time.sleep(0.3)  # the third one asks for room meanwhile
         gate.open()
         answers = [answer.answer for answer in call]
         assert [answer.id for answer in answers] == [str(i) for i in range(20)]
         assert all(answer.HasField("response") for answer in answers)
+        assert told.heard("refused") == []
 
 
-def test_an_image_of_a_stream_that_finds_no_room_in_time_is_told_so(gated_engine, gate, radiograph, monkeypatch):
+def test_an_image_of_a_stream_that_finds_no_room_in_time_is_told_so(gated_engine, gate, radiograph, told, monkeypatch):
     monkeypatch.setattr(service, "_PATIENCE_S", 0.3)
-    model = OneModel(gated_engine, batching=BatchingOptions(max_images=1, max_per_client=1))
-    with running_server(model) as port, stub_of(port) as stub:
+    model = OneModel(gated_engine, told, BatchingOptions(max_images=1, max_per_client=1))
+    with running_server(model, telemetry=told) as port, stub_of(port) as stub:
         gate.shut()
         call = stub.PredictStream(requests_of([("in", radiograph(0)), ("out", radiograph(1))]), metadata=AS_COMPLETED)
         out = next(call).answer
@@ -264,29 +269,86 @@ def test_an_image_of_a_stream_that_finds_no_room_in_time_is_told_so(gated_engine
         assert out.failure.retry_after_ms >= 1
         gate.open()
         assert next(call).answer.id == "in"
+    assert told.heard("refused") == ["images"]  # once, however often it asked
 
 
-def test_more_streams_than_may_be_open_are_refused(stub, engine, radiograph, monkeypatch):
-    monkeypatch.setattr(service, "_STREAMS", 1)
+@pytest.mark.parametrize("limit", ["_STREAMS", "_CLIENT_STREAMS"])
+@pytest.mark.parametrize("path", STREAMS)
+def test_more_streams_than_may_be_open_are_refused(engine, radiograph, told, monkeypatch, path, limit):
+    monkeypatch.setattr(service, limit, 1)
     first = Sent()
-    open_ = stub.PredictStream(iter(first), timeout=20)
-    first.give(pb.PredictStreamRequest(image=radiograph(0)))
-    next(open_)
-    code, _, metadata = ended(stub.PredictStream(requests_of([("", radiograph(0))]), timeout=20))
-    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert metadata[PUSHBACK_KEY] == "1000"
-    first.give(None)
-    assert list(open_) == []
-    assert len(list(stub.PredictStream(requests_of([("", radiograph(0))]), timeout=20))) == 1
+    with running_server(engine, telemetry=told) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = thoraxrt_pb2_grpc.PredictionServiceStub(channel)
+        open_ = stub.PredictStream(iter(first), timeout=20)
+        first.give(pb.PredictStreamRequest(image=radiograph(0)))
+        next(open_)
+        code, details, metadata = ended(channel.stream_stream(path)(iter(()), timeout=20))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details.startswith(f"1 streams{' of this client' * (limit == '_CLIENT_STREAMS')} are open")
+        assert metadata[PUSHBACK_KEY] == "1000"
+        assert told.heard("refused") == ["streams"]
+        first.give(None)
+        assert list(open_) == []
+        assert list(channel.stream_stream(path)(iter(()), timeout=20)) == []
 
 
-def test_an_idle_stream_is_ended(stub, radiograph, monkeypatch):
+@pytest.mark.parametrize("path", STREAMS)
+def test_an_idle_stream_is_ended(channel, monkeypatch, path):
     monkeypatch.setattr(service, "_IDLE_S", 0.1)
     sent = Sent()
-    code, details, _ = ended(stub.PredictStream(iter(sent), timeout=20))
+    code, details, _ = ended(channel.stream_stream(path)(iter(sent), timeout=20))
     sent.give(None)
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "no image came for 0.1 s" in details
+
+
+@pytest.mark.parametrize("path", STREAMS)
+def test_a_stop_ends_an_idle_stream_at_once(engine, told, path):
+    sent, stack = Sent(), contextlib.ExitStack()
+    port = stack.enter_context(running_server(engine, ServeOptions(port=0, grace_s=20), told))
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.stream_stream(path)(iter(sent), timeout=30)
+        told.wait_for("begun", path)
+        began = time.monotonic()
+        stack.close()
+        assert time.monotonic() - began < 10
+        code, details, _ = ended(call)
+        sent.give(None)
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert "send the others again" in details
+
+
+def test_answers_that_nobody_reads_keep_no_model(engine, told):
+    """A reload waits for those who use the model, not for a client to read."""
+
+    class Counting(OneModel):
+        users = 0
+
+        @contextmanager
+        def lease(self, name: str | None = None, version: int | None = None) -> Iterator[Loaded]:
+            self.users += 1
+            try:
+                with super().lease(name, version) as loaded:
+                    yield loaded
+            finally:
+                self.users -= 1
+
+    model, image = Counting(engine), BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300), np.uint8)).save(image, "PNG")
+    sent = Sent()
+    small = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]
+    with running_server(model, telemetry=told) as port, grpc.insecure_channel(f"127.0.0.1:{port}", small) as channel:
+        call = thoraxrt_pb2_grpc.PredictionServiceStub(channel).PredictStream(iter(sent), timeout=30)
+        options = pb.PredictOptions(overlay=True)
+        sent.give(*[pb.PredictStreamRequest(image=image.getvalue(), options=options)] * STREAM_IMAGES, None)
+        for _ in range(STREAM_IMAGES):
+            told.wait_for("stage", "draw")
+        until = time.monotonic() + 10
+        while model.users and time.monotonic() < until:
+            time.sleep(0.05)
+        assert model.users == 0
+        assert told.heard("stage").count("write") < STREAM_IMAGES  # the others wait for the client
+        assert len(list(call)) == STREAM_IMAGES
 
 
 def test_a_stop_answers_what_a_stream_has_and_takes_no_more(gated_engine, gate, radiograph):
