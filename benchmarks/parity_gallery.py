@@ -5,6 +5,7 @@ Owns which cases are shown and how they are drawn; where answers stand in a rece
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,8 @@ __all__ = ["VISIBLE", "Case", "View", "gallery"]
 
 VISIBLE: Final = 0.0005
 """Of a probability: what moved less is no case to look at."""
+
+_log = logging.getLogger(__name__)
 
 _OPENED = ("engine", "server")
 _CASES = 12
@@ -66,7 +69,8 @@ def gallery(
     """At most 12 cases, shared among the candidates of the bundle, an image once for each.
 
     `records` are the data set's by image name; those whose image is not at hand are passed over. Every case is
-    answered again, in this process: on the backend and at the precision of each side. Raises what an engine raises.
+    answered again, in this process: on the backend and at the precision of each side; what this machine cannot run so, a
+    server's say, has no cases, and the log says why.
     """
     reference, drawn = receipt.reference, receipt.boxes_reference
     moving = [
@@ -82,7 +86,12 @@ def gallery(
     for candidate, moved in chosen:
         for side in (drawn, candidate):
             wanted.setdefault((side.backend, side.precision), {})[moved.image] = _path(records, moved)
-    answers = {key: _answers(bundle, *key, paths, track) for key, paths in wanted.items()}
+    answers: dict[tuple[str, str], dict[str, Prediction]] = {}
+    for key, paths in wanted.items():
+        try:
+            answers[key] = _answers(bundle, *key, paths, track)
+        except ThoraxrtError as error:
+            _log.warning("no cases of %s %s are drawn: %s", *key, error)
 
     def case(candidate: Candidate, moved: Moved) -> Case:
         record, spec = records[moved.image], bundle.manifest.preprocess
@@ -101,7 +110,11 @@ def gallery(
             candidate=_view(candidate, candidate, moved.probability, ours, moved.finding, truths, spec),
         )
 
-    return tuple(case(candidate, moved) for candidate, moved in chosen)
+    return tuple(
+        case(candidate, moved)
+        for candidate, moved in chosen
+        if all((side.backend, side.precision) in answers for side in (drawn, candidate))
+    )
 
 
 def _apart(moved: Sequence[Moved], records: Mapping[str, NihRecord], count: int) -> list[Moved]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -32,16 +32,29 @@ from thoraxrt.engine.errors import RequestError
 if TYPE_CHECKING:
     import msgspec
 
-    from thoraxrt.benchmarks.parity_gallery import Case
     from thoraxrt.benchmarks.receipt import Receipt
 
 Checkpoint = Annotated[
     Path | None,
     typer.Option(help="The original, as it was given to `thoraxrt export`: PyTorch runs it.", show_default=False),
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")]
+
+
+def _creatable(file: Path | None) -> Path | None:
+    """Raise RequestError for a file that cannot be written: now, not after hours of work."""
+    if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        raise RequestError(f"{file} cannot be written; expected a file in a folder that is there and can be written to")
+    return file
+
+
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.", callback=_creatable)
+]
 Margin = Annotated[float, typer.Option(help="The slowdown that matters, as a share.")]
-Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a report for a browser, in one file.")]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write a report for a browser, in one file.", callback=_creatable),
+]
 
 
 def demo(
@@ -115,10 +128,11 @@ def parity(
     ] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(metavar="CSV", help="Judge published probabilities instead of a bundle.", show_default=False),
+        typer.Option(metavar="CSV", help="Published probabilities instead of a bundle.", show_default=False),
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="With --predictions: compared with these.", show_default=False)
+        Path | None,
+        typer.Option(metavar="CSV", help="With --predictions: judge them beside these.", show_default=False),
     ] = None,
     margin: Annotated[float, typer.Option(help="The loss of AUROC that matters.")] = 0.005,
     work: Annotated[
@@ -149,7 +163,9 @@ def parity(
     from thoraxrt.benchmarks.parity import ParityOptions, predictions_parity
     from thoraxrt.benchmarks.parity import parity as check
     from thoraxrt.benchmarks.parity_gallery import gallery
+    from thoraxrt.benchmarks.parity_report import parity_report
     from thoraxrt.benchmarks.receipt import Cohorts
+    from thoraxrt.engine.trust import sign
     from thoraxrt.export.nih import NihDataset
     from thoraxrt.export.publish import write_receipt
 
@@ -161,10 +177,24 @@ def parity(
         raise RequestError("--write puts the receipt into a bundle, and --sign goes with it")
     cohorts = one_of("--split", split, Cohorts) if split else None
     if predictions:
+        others = {
+            "--limit": limit, "--sample": sample, "--candidates": candidates, "--checkpoint": checkpoint,
+            "--network": network, "--server": server, "--dicom": dicom, "--work": work,
+        }  # fmt: skip
+        if senseless := [name for name, value in others.items() if value is not None]:
+            raise RequestError(f"{', '.join(senseless)}: expected with a bundle alone; leave it out with --predictions")
         split_of_file = {"split": cohorts} if cohorts else {}  # without an option, whatever is in it
-        _finish(predictions_parity(predictions, data, against, margin=margin, **split_of_file), json_file, html, ())
+        receipt = predictions_parity(predictions, data, against, margin=margin, **split_of_file)
+        _show(receipt, json_file)
+        if html:
+            html.write_text(parity_report(receipt), encoding="utf-8")
+        raise typer.Exit(0 if receipt.passed else 1)
     assert bundle
     opened = open_bundle(bundle, require_signature)
+    if write and not os.access(opened.path, os.W_OK):
+        raise RequestError(f"--write: {opened.path} cannot be written to; expected a bundle that takes its receipt")
+    if key:
+        sign(b"", key)  # what is no key is refused now, not after hours of work
     connection = Connection(token_file, tls_ca, tls_cert, tls_key)
     options = ParityOptions(
         split=cohorts or "test",
@@ -180,12 +210,13 @@ def parity(
     )
     with connection.client(server) if server else nullcontext() as client:
         receipt = check(opened, data, replace(options, server=client), track)
+    _show(receipt, json_file)
     if write:
         write_receipt(opened, _json(receipt), key)
-    cases: Sequence[Case] = ()
     if html:
         cases = gallery(receipt, opened, {record.image: record for record in NihDataset.open(data)}, track)
-    _finish(receipt, json_file, html, cases)
+        html.write_text(parity_report(receipt, cases), encoding="utf-8")
+    raise typer.Exit(0 if receipt.passed else 1)
 
 
 def _json(result: msgspec.Struct) -> bytes:
@@ -195,8 +226,8 @@ def _json(result: msgspec.Struct) -> bytes:
     return msgspec.json.format(msgspec.json.encode(result))
 
 
-def _finish(receipt: Receipt, json_file: Path | None, html: Path | None, cases: Sequence[Case]) -> NoReturn:
-    """Show and write what was found; exit status 1 where something failed."""
+def _show(receipt: Receipt, json_file: Path | None) -> None:
+    """What was found, as a table and a file, before anything that may yet fail."""
     from rich.console import Console
 
     from thoraxrt.benchmarks.parity_table import render
@@ -204,11 +235,6 @@ def _finish(receipt: Receipt, json_file: Path | None, html: Path | None, cases: 
     Console().print(*render(receipt))
     if json_file:
         json_file.write_bytes(_json(receipt))
-    if html:
-        from thoraxrt.benchmarks.parity_report import parity_report
-
-        html.write_text(parity_report(receipt, cases), encoding="utf-8")
-    raise typer.Exit(0 if receipt.passed else 1)
 
 
 class _BenchGroup(TyperGroup):
@@ -235,11 +261,15 @@ def bench_run(
     backend: Backend = None,
     precision: Precision = None,
     device: Device = None,
-    batch: Annotated[int, typer.Option(min=1, help="Most images the network takes at once.")] = 8,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Most images the network takes at once.", show_default="8")
+    ] = None,
     targets: Annotated[
         str, typer.Option(help="The engine in this process, and a server over its own and the open protocol.")
     ] = "engine,grpc,oip",
-    seconds: Annotated[float, typer.Option(help="Least time of each scenario, and of a point of a curve.")] = 5.0,
+    seconds: Annotated[
+        float | None, typer.Option(help="Least time of each scenario, and of a point of a curve.", show_default="5")
+    ] = None,
     peers: Annotated[bool, typer.Option(help="Time the network in other runtimes too, in turn with ours.")] = True,
     checkpoint: Checkpoint = None,
     quick: Annotated[
@@ -265,10 +295,15 @@ def bench_run(
 
     names = tuple(one_of("--targets", name, TargetName) for name in items(targets))
     if quick:
+        if seconds is not None or batch is not None or checkpoint:
+            raise RequestError(
+                "--quick has a time and batches of its own, and no peers: leave out --seconds, --batch and --checkpoint"
+            )
         options = replace(BenchOptions.brief(), targets=names)
     else:
-        load = LoadOptions(seconds=seconds, longest_s=max(40.0, seconds))
-        options = BenchOptions(targets=names, load=load, batch=batch, peers=peers)
+        least = 5.0 if seconds is None else seconds
+        load = LoadOptions(seconds=least, longest_s=max(40.0, least))
+        options = BenchOptions(targets=names, load=load, batch=batch or 8, peers=peers)
     result = measure(
         bundle,
         [Path(image) for image in image_arguments(images)],
