@@ -21,7 +21,7 @@ from thoraxrt.benchmarks.paired import Comparison, Difference, compare
 from thoraxrt.benchmarks.receipt import Candidate, Moved, Result, Unanswered, Verdict
 from thoraxrt.engine.bundle import Agreement
 from thoraxrt.engine.postprocess import Activation
-from thoraxrt.export.agreement import MEAN_ERROR, P99_ERROR, RANK_CORRELATION, agreement
+from thoraxrt.export.agreement import CONCORDANCE, MEAN_ERROR, P99_ERROR, RANK_CORRELATION, agreement
 
 __all__ = ["Answers", "Trial", "broken", "judged"]
 
@@ -71,8 +71,9 @@ def judged(answers: Answers, reference: Answers | None) -> Result:
     """What the answers are worth, and where there is another reference, whether they may stand in for its.
 
     A candidate passes where it has answered every image that another did, no finding is inferior (see `paired.compare`)
-    and its answers agree with the reference's by the bar of an export (see `thoraxrt.export.agreement`; AUROC is left
-    to the paired test). So a verdict stands on few positives too: agreement is seen on every image.
+    and its answers agree with the reference's by the bar of an export, pooled and of each finding by itself (see
+    `thoraxrt.export.agreement`; AUROC is left to the paired test). So a verdict stands on few positives too: agreement
+    is seen on every image. Who changed side is not judged: no error of a tenth of the logits' spread moves many.
     """
     trial = answers.trial
     positive, columns = trial.cohort.positive, trial.columns
@@ -159,10 +160,16 @@ def _disagreement(agreed: Agreement) -> Iterator[str]:
 
 
 def _measured(agreed: Agreement) -> str:
+    least = min(agreed.concordance, key=agreed.concordance.__getitem__, default=None)
+    of_each = (
+        f", concordance of a finding's logits at least {agreed.concordance[least]:.4f} ({least}; expected {CONCORDANCE:g})"
+        if least is not None
+        else ", too few images to judge a finding by itself"
+    )
     return (
         f"probabilities differ by {agreed.mean_error:.2g} on average (at most {MEAN_ERROR:g}), 99 % of them by no more "
         f"than {agreed.p99_error:.2g} (at most {P99_ERROR:g}), rank correlation {agreed.rank_correlation:.6f} "
-        f"(at least {RANK_CORRELATION:g})"
+        f"(at least {RANK_CORRELATION:g}){of_each}"
     )
 
 
@@ -183,4 +190,4 @@ def _untold(comparison: Comparison) -> Iterator[str]:
 def _detectable(finding: Difference) -> str:
     if finding.detectable is None:
         return finding.finding
-    return f"{finding.finding} (these images would have shown a loss of {finding.detectable:.3f})"
+    return f"{finding.finding} (a loss of {finding.detectable:.3f} would show, if it disagrees no more than this)"

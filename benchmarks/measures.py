@@ -11,12 +11,12 @@ from typing import Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 from statsmodels.stats.proportion import proportion_confint
 
 from thoraxrt.benchmarks.auroc import Interval
 from thoraxrt.engine.errors import RequestError
+from thoraxrt.export.agreement import rank_correlation
 
 __all__ = [
     "ERROR_EDGES",
@@ -176,7 +176,7 @@ def errors(ours: npt.NDArray[np.floating], reference: npt.NDArray[np.floating]) 
         p99=float(p99),
         max=float(difference.max()),
         histogram=tuple(np.bincount(places, minlength=len(ERROR_EDGES) + 1).tolist()),
-        rank_correlation=_rank_correlation(ours.ravel(), reference.ravel()),
+        rank_correlation=rank_correlation(ours.ravel(), reference.ravel()),
     )
 
 
@@ -211,9 +211,3 @@ def _reliability(label: str, positive: npt.NDArray[np.float64], probabilities: n
             for count, mean, share in zip(counts.tolist(), probability.tolist(), frequency.tolist(), strict=True)
         ),
     )
-
-
-def _rank_correlation(ours: npt.NDArray[np.floating], theirs: npt.NDArray[np.floating]) -> float:
-    if not np.ptp(ours) or not np.ptp(theirs):
-        return float(np.array_equal(ours, theirs))
-    return float(spearmanr(ours, theirs).statistic)

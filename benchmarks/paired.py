@@ -43,7 +43,8 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     `p_non_inferior`: one-sided, that the loss is the margin or more, by the clustered standard error;
     `p_non_inferior_holm` the same and `p_inferior_holm` the opposite (that the loss is the margin or less), both
     corrected over the findings that are tested.
-    `detectable`: the smallest true loss that these images would have shown with 80 % power, in AUROC; see `compare`.
+    `detectable`: the smallest true loss, in AUROC, that would have been called inferior with 80 % power if the candidate
+    disagrees with the reference no more than this one does; None where there was no test. See `compare`.
     """
 
     finding: str
@@ -89,8 +90,9 @@ def compare(candidate: Ranking, reference: Ranking, margin: float = MARGIN) -> C
     error is itself a guess, and the interval stands without a verdict. Scores equal to the reference's
     are non-inferior on any number of images; a score that is not finite makes the finding inferior.
 
-    The detectable loss is (t(1 - level / tested) + t(power)) x standard error, at the strictest of Holm's steps. It is
-    also the smallest margin for which a candidate that loses nothing would have been shown to be non-inferior.
+    The detectable loss is the margin and (t(1 - level / tested) + t(power)) x standard error, at the strictest of Holm's
+    steps. The error is this candidate's: one that is nearly the reference has a small one, and a worse candidate another.
+    Where it is twice the margin at most, a candidate that loses nothing would have been shown to be non-inferior.
 
     Raises RequestError where the two were ranked on different cohorts, where the reference's scores are not finite, or
     for a senseless margin.
@@ -124,7 +126,9 @@ def compare(candidate: Ranking, reference: Ranking, margin: float = MARGIN) -> C
         enough_patients=ENOUGH,
         tested=len(p_values),
         findings=tuple(
-            _difference(label, difference, settled[column], p_values.get(column), corrected.get(column), len(p_values))
+            _difference(
+                label, difference, settled[column], p_values.get(column), corrected.get(column), len(p_values), margin
+            )
             for column, (label, difference) in enumerate(zip(cohort.labels, differences, strict=True))
         ),
     )
@@ -151,6 +155,7 @@ def _difference(
     p: tuple[float, float] | None,
     holm: tuple[float, float] | None,
     tested: int,
+    margin: float,
 ) -> Difference:
     verdict, reason = settled or ("cannot tell", "not enough images to show either")
     if holm is not None and min(holm) <= LEVEL:
@@ -158,11 +163,13 @@ def _difference(
     return Difference(
         finding=label,
         difference=None if difference is None else difference.estimate(lowest=-1.0),
-        p_delong=None if difference is None else _two_sided(difference.value, difference.delong_error),
+        p_delong=None
+        if difference is None or not difference.enough
+        else _two_sided(difference.value, difference.delong_error),
         p_non_inferior=None if p is None else p[0],
         p_non_inferior_holm=None if holm is None else holm[0],
         p_inferior_holm=None if holm is None else holm[1],
-        detectable=None if difference is None else _detectable(difference, max(tested, 1)),
+        detectable=None if difference is None or p is None else _detectable(difference, tested, margin),
         verdict=verdict,
         reason=reason,
     )
@@ -194,8 +201,8 @@ def _holm(p_values: Mapping[int, tuple[float, float]]) -> dict[int, tuple[float,
     return dict(zip(p_values, zip(more, less, strict=True), strict=True))
 
 
-def _detectable(difference: Placements, tested: int) -> float | None:
+def _detectable(difference: Placements, tested: int, margin: float) -> float | None:
     error, freedom = difference.clustered_error, difference.freedom
     if not error:  # unknown, or the ranking is the reference's and no loss of any size can be imagined from it
         return None
-    return float(t.isf(LEVEL / tested, freedom) + t.ppf(POWER, freedom)) * error
+    return margin + float(t.isf(LEVEL / tested, freedom) + t.ppf(POWER, freedom)) * error

@@ -8,28 +8,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from thoraxrt.benchmarks.auroc import FindingAuroc
+from thoraxrt.benchmarks.auroc import INTERVAL_PATIENTS, FindingAuroc
 from thoraxrt.benchmarks.localisation import ThresholdResult
 from thoraxrt.benchmarks.measures import Errors, Share
 from thoraxrt.benchmarks.paired import Comparison, Difference
 from thoraxrt.benchmarks.parity_figures import differences_panel, errors_panel, reliability_panel, roc_panel
 from thoraxrt.benchmarks.parity_gallery import VISIBLE, Case
 from thoraxrt.benchmarks.published import REFERENCES, TABLE_4, TABLE_7, LocalisationReference, comparable
-from thoraxrt.benchmarks.receipt import Data, Receipt, Result
+from thoraxrt.benchmarks.receipt import Data, Outcome, Receipt, Result
 from thoraxrt.benchmarks.report import DASH, Banner, Cell, Drawing, State, Table, estimate, interval, number, render
-from thoraxrt.export.agreement import MEAN_ERROR, P99_ERROR, RANK_CORRELATION
+from thoraxrt.export.agreement import CONCORDANCE, MEAN_ERROR, P99_ERROR, RANK_CORRELATION
 from thoraxrt.export.nih import LABELS
 
 __all__ = ["parity_report"]
 
 _STATES: dict[str, State] = {"non-inferior": "pass", "inferior": "fail", "cannot tell": "open"}
+_FEW = f"No interval where fewer than {INTERVAL_PATIENTS} patients have the finding, or have it not."
 _SPLITS = {"test": "official test list", "train_val": "official train_val list", "all": "whole data entry file"}
-
-
-_SAID: dict[State, str] = {
-    "fail": "fails",
-    "pass": "passes",
-    "open": "nothing against it, but these images cannot tell whether AUROC lost",
+_OUTCOMES: dict[Outcome, tuple[State, str]] = {
+    "failed": ("fail", "fails"),
+    "passed": ("pass", "passes"),
+    "agrees": ("open", "nothing against it, but these images cannot tell whether AUROC lost"),
 }
 
 
@@ -73,14 +72,16 @@ def parity_report(receipt: Receipt, cases: Sequence[Case] = ()) -> str:
 
 def _banners(receipt: Receipt) -> list[Banner]:
     """A banner for each candidate that was compared; what could not be shown is said, and is no pass by itself."""
-    banners = []
+    failures = [("Failed:", failure) for failure in receipt.failures]
+    banners = [Banner(state="fail", subject="Nobody passes", reasons=failures)] if failures else []
     for result in receipt.results:
-        verdict = result.verdict
-        if verdict is None:
+        verdict, outcome = result.verdict, receipt.outcome(result)
+        if verdict is None or outcome is None:
             continue
-        decided = result.comparison and any(each.verdict == "non-inferior" for each in result.comparison.findings)
-        state: State = "fail" if not verdict.passed else "pass" if decided else "open"
-        said = _SAID[state]
+        state, said = _OUTCOMES[outcome]
+        if outcome == "agrees" and result.comparison:
+            findings = result.comparison.findings
+            said += f" in {sum(each.verdict != 'non-inferior' for each in findings)} of {len(findings)} findings"
         reasons = [
             (word, sentence)
             for word, sentences in (
@@ -154,7 +155,8 @@ def _comparison(result: Result) -> Table:
         ),
         rows=[_difference(each, ours[each.finding]) for each in result.comparison.findings],
         caption=f"{result.candidate}: paired differences of AUROC and what they show. p of non-inferiority is corrected "
-        f"(Holm) over the {result.comparison.tested} findings tested.",
+        f"(Holm) over the {result.comparison.tested} findings tested. A detectable loss would have been called inferior with "
+        f"{result.comparison.power:.0%} power, if the candidate disagrees with the reference no more than this one. {_FEW}",
     )
 
 
@@ -179,13 +181,17 @@ def _power(comparison: Comparison) -> str:
     known = {each.finding: each.detectable for each in comparison.findings if each.detectable is not None}
     images = f"{comparison.images:,} images of {comparison.patients:,} patients"
     if not known:
-        return f"for no finding can a smallest detectable loss be computed from {images}."
-    able = [finding for finding, loss in known.items() if loss <= comparison.margin]
+        return (
+            f"{images}: no finding was tested for which a smallest detectable loss can be computed; {comparison.enough_patients} "
+            "patients with it and as many without it are needed, and answers that differ."
+        )
+    able = [finding for finding, loss in known.items() if loss <= 2 * comparison.margin]
     best, worst = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
     return (
-        f"{images} would have shown, with {comparison.power:.0%} power, a true loss of {known[best]:.4f} for {best} (the "
-        f"least) and of {known[worst]:.4f} for {worst} (the most). That is within the margin of {comparison.margin:g} for "
-        f"{len(able)} of {len(comparison.findings)} findings."
+        f"{images} would have shown, with {comparison.power:.0%} power and if a candidate disagrees with the reference no more "
+        f"than this one, a true loss of {known[best]:.4f} for {best} (the least) and of {known[worst]:.4f} for {worst} (the "
+        f"most). Of one that loses nothing they would have shown that it does not lose {comparison.margin:g} for {len(able)} "
+        f"of {len(comparison.findings)} findings."
     )
 
 
@@ -208,7 +214,7 @@ def _aurocs(results: Sequence[Result], names: Sequence[str]) -> Table | None:
         head=("finding", "positives", "negatives", *names),
         rows=rows,
         foot=[Cell(text="mean of those defined"), Cell(text=""), Cell(text=""), *(number(mean) for mean in means)],
-        caption="AUROC with its 95 % interval by patient.",
+        caption=f"AUROC with its 95 % interval by patient. {_FEW}",
     )
 
 
@@ -286,7 +292,8 @@ def _operating(result: Result, reference: Result) -> Table:
     return Table(
         head=("finding", "sensitivity", "specificity", *beside, *moved),
         rows=rows,
-        caption=f"{result.candidate} at the bundle's operating points, with Wilson's 95 % intervals.",
+        caption=f"{result.candidate} at the bundle's operating points, with Wilson's 95 % intervals, which take all images to be "
+        "independent: too narrow where a patient has several.",
     )
 
 
@@ -366,6 +373,7 @@ def _agreement(results: Sequence[Result]) -> Table | None:
             number(result.agreement.mean_error, ".3g"),
             number(result.agreement.p99_error, ".3g"),
             number(result.agreement.rank_correlation, ".6f"),
+            number(min(result.agreement.concordance.values(), default=None), ".6f"),
             Cell(text="met" if result.agreement.meets_bar else "not met", state=_met(result.agreement.meets_bar)),
         ]
         for result in results
@@ -374,10 +382,11 @@ def _agreement(results: Sequence[Result]) -> Table | None:
     if not rows:
         return None
     return Table(
-        head=("", "mean error", "p99 error", "rank correlation", "bar"),
+        head=("", "mean error", "p99 error", "rank correlation", "least concordance of a finding", "bar"),
         rows=rows,
         caption=f"The bar that an export holds INT8 to: mean error of probability at most {MEAN_ERROR:g}, p99 at most "
-        f"{P99_ERROR:g}, rank correlation at least {RANK_CORRELATION:g}.",
+        f"{P99_ERROR:g}, rank correlation at least {RANK_CORRELATION:g}; and of each finding's logits Lin's concordance at "
+        f"least {CONCORDANCE:g}.",
     )
 
 
@@ -402,7 +411,7 @@ def _localisation(result: Result) -> list[Table]:
                 ]
                 for one, thresholds in results
             ],
-            caption=f"{result.candidate}: accuracy (average false positives per image) at T({overlap}), on "
+            caption=f"{result.candidate}: accuracy (average false positives per annotated box) at T({overlap}), on "
             f"{result.localisation[0].images:,} images with boxes.",
         )
         for overlap, results in (

@@ -13,14 +13,20 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from thoraxrt.benchmarks.auroc import Estimate
+from thoraxrt.benchmarks.auroc import INTERVAL_PATIENTS, Estimate
 from thoraxrt.benchmarks.paired import Difference, Verdict
 from thoraxrt.benchmarks.published import REFERENCES, comparable
-from thoraxrt.benchmarks.receipt import Receipt, Result
+from thoraxrt.benchmarks.receipt import Outcome, Receipt, Result
 
 __all__ = ["render"]
 
 _MARKS: Final[dict[Verdict, str]] = {"non-inferior": "[green]=[/]", "inferior": "[red]![/]", "cannot tell": "[dim]?[/]"}
+_OUTCOMES: Final[dict[Outcome | None, str]] = {
+    None: "",
+    "passed": "[green]passed[/]",
+    "agrees": "[yellow]agrees[/]",
+    "failed": "[red]FAILED[/]",
+}
 
 
 def render(receipt: Receipt) -> list[RenderableType]:
@@ -35,14 +41,16 @@ def render(receipt: Receipt) -> list[RenderableType]:
 def _candidates(receipt: Receipt) -> Table:
     data = receipt.data
     table = Table(
-        *("what answered", "mean AUROC", "most lost", "= ! ?", "mean error", "99 %", "rank corr.", "changed side", ""),
+        *("what answered", "mean AUROC", "most lost", "= ! ?", "mean error", "99 %", "rank corr.", "least concordance"),
+        *("changed side", ""),
         title=f"{escape(receipt.network or 'published predictions')}: {data.images} images of {data.patients} patients "
         f"({escape(data.folder)}, {data.split})",
         caption=f"= no loss of {receipt.margin:g} AUROC or more, ! worse than that allows, ? these images cannot tell; "
-        f"compared with {escape(str(receipt.reference or 'nothing'))}",
+        f"compared with {escape(str(receipt.reference or 'nothing'))}; passed: every finding =, agrees: answers agree, but "
+        "of a ? nobody knows",
     )
     for result in receipt.results:
-        table.add_row(escape(str(result.candidate)), *_cells(result))
+        table.add_row(escape(str(result.candidate)), *_cells(result), _OUTCOMES[receipt.outcome(result)])
     return table
 
 
@@ -57,10 +65,9 @@ def _cells(result: Result) -> Iterator[str]:
     yield f"{agreed.mean_error:.2g}" if agreed else ""
     yield f"{agreed.p99_error:.2g}" if agreed else ""
     yield f"{agreed.rank_correlation:.5f}" if agreed else ""
+    yield min((f"{each:.5f}" for each in agreed.concordance.values()), key=float, default="") if agreed else ""
     moved = sum(change.images_now_reported + change.images_no_longer_reported for change in result.changes)
     yield str(moved) if result.changes else ""
-    verdict = result.verdict
-    yield "" if verdict is None else "[green]passed[/]" if verdict.passed else "[red]FAILED[/]"
 
 
 def _findings(receipt: Receipt) -> Table:
@@ -70,6 +77,7 @@ def _findings(receipt: Receipt) -> Table:
     table = Table(
         *("finding", "positive", escape(str(first.candidate)), *(escape(str(result.candidate)) for result in others)),
         title="AUROC and 95 % interval" + (", and what the others add to it" if others else ""),
+        caption=f"no interval where fewer than {INTERVAL_PATIENTS} patients have the finding, or have it not",
     )
     for row, finding in enumerate(first.aurocs):
         differences = [result.comparison.findings[row] for result in others if result.comparison]
@@ -96,7 +104,7 @@ def _localisation(receipt: Receipt) -> Iterator[Table]:
             thresholds = [f"T(IoBB) = {each.threshold:g}" for each in result.localisation[0].iobb]
             table = Table(
                 *("finding", "boxes", *thresholds),
-                title=f"Localisation of {escape(str(result.candidate))}: accuracy, and false positives per image",
+                title=f"Localisation of {escape(str(result.candidate))}: accuracy, and false positives per annotated box",
             )
             for finding in result.localisation:
                 cells = (
@@ -123,18 +131,12 @@ def _published(receipt: Receipt) -> Table:
 
 def _sentences(receipt: Receipt) -> Iterator[str]:
     data, given = receipt.data, receipt.preprocessing
+    yield from (f"[red]nobody passes[/]: {escape(failure)}" for failure in receipt.failures)
     if given is not None:
-        colour = "green" if given.identical == given.images else "red"
-        yield (
-            f"[{colour}]network inputs[/]: {given.identical} of {given.images} are Pillow's in every bit, "
-            f"the largest difference is {given.max_difference} gray levels"
-        )
+        yield f"network inputs: {given.identical} of {given.images} are Pillow's in every bit"
     if receipt.dicom:
-        furthest = max(receipt.dicom, key=lambda pair: pair.input_difference)
-        yield (
-            f"DICOM: the network inputs of {len(receipt.dicom)} files are within {furthest.input_difference} gray levels "
-            f"of their PNG files' ({escape(furthest.dicom)} the furthest)"
-        )
+        same = sum(not pair.input_difference for pair in receipt.dicom)
+        yield f"DICOM: the network inputs of {same} of {len(receipt.dicom)} files are those of their PNG files"
     if data.unreadable:
         yield escape(f"{len(data.unreadable)} images were answered by nobody, {data.unreadable[0]} first")
     untold: dict[str, list[str]] = {}

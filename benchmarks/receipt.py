@@ -16,14 +16,15 @@ from thoraxrt.benchmarks.localisation import BoxAgreement, Localisation
 from thoraxrt.benchmarks.measures import Changes, Errors, Operating, Reliability
 from thoraxrt.benchmarks.paired import Comparison
 from thoraxrt.engine.bundle import Agreement
+from thoraxrt.engine.receipt import RECEIPT_VERSION
 
 __all__ = [
-    "RECEIPT_VERSION",
     "Candidate",
     "Cohorts",
     "Data",
     "DicomPair",
     "Moved",
+    "Outcome",
     "Preprocessing",
     "Receipt",
     "Result",
@@ -31,10 +32,12 @@ __all__ = [
     "Verdict",
 ]
 
-RECEIPT_VERSION = 1
-
 Cohorts = Literal["test", "train_val", "all"]
 """Which of the official lists: one of them, or whatever the data entry file has."""
+
+Outcome = Literal["passed", "agrees", "failed"]
+"""What a candidate came to. "passed": its answers agree, and of each annotated finding it is shown that no AUROC was lost;
+"agrees": its answers agree, but of some findings these images cannot tell; "failed" otherwise."""
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -121,7 +124,7 @@ class Moved(_Strict, frozen=True, kw_only=True):
 
 
 class Verdict(_Strict, frozen=True, kw_only=True):
-    """Whether a candidate may stand in for the reference: it passes where there are no `failures`.
+    """Whether a candidate may stand in for the reference: it does where there are no `failures`; see `Receipt.outcome`.
 
     All three are sentences: why it failed, what the images showed, and what they could not show.
     """
@@ -180,8 +183,35 @@ class Receipt(_Strict, frozen=True, kw_only=True):
     environment: Environment
 
     @property
-    def passed(self) -> bool:
-        """Whether no candidate failed, and network inputs are Pillow's in every bit."""
+    def failures(self) -> tuple[str, ...]:
+        """What is wrong with the network's input, whoever answers: sentences; nobody passes where there is one."""
         given = self.preprocessing
-        fed = given is None or given.identical == given.images
-        return fed and all(result.verdict is None or result.verdict.passed for result in self.results)
+        different = [pair for pair in self.dicom if pair.input_difference]
+        failures = []
+        if given is not None and given.identical < given.images:
+            failures.append(
+                f"network inputs are not those of training: {given.images - given.identical} of {given.images} are not "
+                f"Pillow's in every bit, {given.different[0]} first, by up to {given.max_difference} gray levels"
+            )
+        if different:
+            furthest = max(different, key=lambda pair: pair.input_difference)
+            failures.append(
+                f"network inputs of {len(different)} of {len(self.dicom)} DICOM files are not those of their PNG files, by "
+                f"up to {furthest.input_difference} gray levels ({furthest.dicom}); expected the same: leave files with "
+                "lossy compression or another window out"
+            )
+        return tuple(failures)
+
+    def outcome(self, result: Result) -> Outcome | None:
+        """Of one of `results`; None of the reference, and of all where nothing was compared."""
+        if result.verdict is None:
+            return None
+        if self.failures or not result.verdict.passed:
+            return "failed"
+        findings = result.comparison.findings if result.comparison else ()
+        return "passed" if findings and all(each.verdict == "non-inferior" for each in findings) else "agrees"
+
+    @property
+    def passed(self) -> bool:
+        """Whether nobody failed, and network inputs are those of training."""
+        return not self.failures and all(self.outcome(result) != "failed" for result in self.results)

@@ -110,7 +110,8 @@ class Agreement(_Strict, frozen=True):
     """How close one precision's answers are to FP32's on images that no choice was made on.
 
     Errors are absolute differences of probabilities, the mean and the 99th percentile over images and
-    labels; the correlation is Spearman's, over all logits. `thoraxrt.export.agreement` states the bar.
+    labels; the correlation is Spearman's, over all logits; `concordance`, by label, is that of one finding's
+    logits, -1..1, empty on too few images. `thoraxrt.export.agreement` states the bar.
     """
 
     images: int
@@ -119,6 +120,7 @@ class Agreement(_Strict, frozen=True):
     rank_correlation: float
     findings: tuple[FindingAgreement, ...]
     meets_bar: bool
+    concordance: dict[str, float] = {}
 
 
 class Calibration(_Strict, frozen=True):

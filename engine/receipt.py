@@ -13,10 +13,26 @@ from thoraxrt.engine.bundle import Bundle, read_bounded
 from thoraxrt.engine.errors import BundleError, SignatureError
 from thoraxrt.engine.trust import verify
 
-__all__ = ["RECEIPT", "RECEIPT_SIGNATURE", "PassedParity", "read_receipt", "require_parity"]
+__all__ = [
+    "LARGEST_MARGIN",
+    "LEAST_IMAGES",
+    "RECEIPT",
+    "RECEIPT_SIGNATURE",
+    "RECEIPT_VERSION",
+    "PassedParity",
+    "read_receipt",
+    "require_parity",
+]
 
 RECEIPT: Final = "parity.json"
 RECEIPT_SIGNATURE: Final = "parity.sig"
+RECEIPT_VERSION: Final = 1
+
+LEAST_IMAGES: Final = 20
+"""Images from which a receipt counts: with fewer, no finding was judged by itself; see `thoraxrt.export.agreement`."""
+
+LARGEST_MARGIN: Final = 0.01
+"""Of AUROC, up to which a receipt counts: twice the default. A larger one would let a model pass that is another."""
 
 _RECEIPT_BYTES: Final = 64 << 20
 """No receipt is larger: one of ten candidates has some hundred kB."""
@@ -25,9 +41,13 @@ _REMEDY: Final = "`thoraxrt parity BUNDLE --data FOLDER --write` writes it"
 
 
 class PassedParity(msgspec.Struct, frozen=True, kw_only=True):
-    """Which of `candidates`, a backend and a precision each, passed, by the receipt of `date` (ISO 8601)."""
+    """Which of `candidates`, a backend and a precision each, passed, by the receipt of `date` (ISO 8601): on how many
+    images, and with which margin of AUROC.
+    """
 
     date: str
+    images: int
+    margin: float
     candidates: frozenset[tuple[str, str]]
 
 
@@ -55,8 +75,23 @@ class _Preprocessing(msgspec.Struct):
     identical: int
 
 
+class _DicomPair(msgspec.Struct):
+    input_difference: int
+
+
+class _Data(msgspec.Struct):
+    images: int
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
 class _Receipt(msgspec.Struct):
     bundle: str
+    data: _Data
+    margin: float
+    dicom: tuple[_DicomPair, ...]
     environment: _Environment
     preprocessing: _Preprocessing | None
     results: tuple[_Result, ...]
@@ -77,6 +112,9 @@ def read_receipt(bundle: Bundle) -> PassedParity | None:
     if bundle.trusted:
         _verify(bundle, data)
     try:
+        version = msgspec.json.decode(data, type=_Version).version
+        if version != RECEIPT_VERSION:
+            raise BundleError(f"{path} has version {version}; this thoraxrt reads {RECEIPT_VERSION}: {_REMEDY} anew")
         receipt = msgspec.json.decode(data, type=_Receipt)
     except (ValueError, RecursionError) as error:  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
         raise BundleError(f"{path} is damaged: {str(error)[:300]}; {_REMEDY} anew") from error
@@ -86,6 +124,7 @@ def read_receipt(bundle: Bundle) -> PassedParity | None:
         )
     given = receipt.preprocessing
     fed = given is None or given.identical == given.images
+    fed = fed and not any(pair.input_difference for pair in receipt.dicom)
     ours = [result for result in receipt.results if fed and result.candidate.through in ("engine", "server")]
     named = {(result.candidate.backend, result.candidate.precision) for result in ours}
     failed = {
@@ -93,17 +132,28 @@ def read_receipt(bundle: Bundle) -> PassedParity | None:
         for result in ours
         if result.verdict is not None and not result.verdict.passed
     }
-    return PassedParity(date=receipt.environment.date, candidates=frozenset(named - failed))
+    return PassedParity(
+        date=receipt.environment.date,
+        images=receipt.data.images,
+        margin=receipt.margin,
+        candidates=frozenset(named - failed),
+    )
 
 
 def require_parity(bundle: Bundle, backend: str, precision: str) -> None:
     """Return where the bundle's receipt says that this backend passed at this precision.
 
-    Raises BundleError, or SignatureError, as `read_receipt` does, and where there is no receipt or it does not say so.
+    It counts from 20 images on, and with a margin of 0.01 AUROC at most. Raises BundleError, or SignatureError, as
+    `read_receipt` does, and where there is no receipt, or it does not count or does not say so.
     """
     receipt = read_receipt(bundle)
     if receipt is None:
         raise BundleError(f"{bundle.path} has no parity receipt ({RECEIPT}), and one is required; {_REMEDY}")
+    if receipt.images < LEAST_IMAGES or not receipt.margin <= LARGEST_MARGIN:
+        raise BundleError(
+            f"{bundle.path / RECEIPT} is of {receipt.images} images and a margin of {receipt.margin:g} AUROC; expected at "
+            f"least {LEAST_IMAGES} images and a margin of at most {LARGEST_MARGIN:g}; {_REMEDY} anew"
+        )
     if (backend, precision) not in receipt.candidates:
         passed = ", ".join(":".join(candidate) for candidate in sorted(receipt.candidates)) or "none"
         raise BundleError(

@@ -263,9 +263,18 @@ def test_one_patient_with_a_finding_gives_an_area_without_an_interval() -> None:
     assert (area.positives, area.negatives, area.positive_patients, area.negative_patients) == (2, 3, 1, 3)
     assert area.auroc is not None
     assert area.auroc.value == pytest.approx(5 / 6)
-    assert isinstance(area.auroc.delong, Interval)
-    assert area.auroc.clustered is None
-    assert area.auroc.bootstrap is None  # in a third of the resamples the patient is not drawn
+    assert (area.auroc.delong, area.auroc.clustered, area.auroc.bootstrap) == (None, None, None)
+
+
+@pytest.mark.parametrize(("patients", "intervals"), [(9, False), (10, True)])
+def test_there_is_no_interval_on_fewer_than_ten_patients_of_either_kind(patients: int, intervals: bool) -> None:
+    for kind in (True, False):
+        positive = (np.arange(60) < 2 * patients) == kind
+        scores = np.random.default_rng(0).normal(size=60)
+        one = placed(cohort(positive, np.arange(60) // 2), scores)  # two images each
+        estimate = one.estimate(0.0)
+        for interval in (estimate.delong, estimate.clustered, estimate.bootstrap):
+            assert isinstance(interval, Interval) == intervals
 
 
 @pytest.mark.parametrize(

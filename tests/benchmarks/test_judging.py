@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -63,8 +65,27 @@ def test_a_little_noise_passes_and_few_positives_are_said_to_be_few() -> None:
     assert (found.passed, found.failures) == (True, ())
     assert found.shown[0] == "no loss of 0.005 AUROC or more in Effusion"
     assert found.shown[1].startswith("answers agree within the bar: probabilities differ by 0.000")
-    (untold,) = found.not_shown
-    assert untold.startswith("whether AUROC lost 0.005 or more (few patients): Mass (these images would have shown a")
+    assert "concordance of a finding's logits at least 1.0000 (" in found.shown[1]
+    assert found.not_shown == ("whether AUROC lost 0.005 or more (few patients): Mass",)
+
+
+def test_what_could_have_been_shown_is_said_of_what_was_tested_only() -> None:
+    found = verdict(noisy(0.15))
+    assert "whether AUROC lost 0.005 or more (few patients): Mass" in found.not_shown
+    (tested,) = [each for each in found.not_shown if "Effusion" in each]
+    assert re.search(r"Effusion \(a loss of 0\.0\d\d would show, if it disagrees no more than this\)$", tested)
+
+
+@pytest.mark.parametrize("column", [1, 2])
+def test_a_finding_that_is_noise_fails_on_too_few_patients_and_without_labels(column: int) -> None:
+    """Its probabilities are a hundredth of the others', its logits below all: pooled, nothing is seen."""
+    rare = LOGITS.copy()
+    rare[:, column] -= 5
+    shuffled = rare.copy()
+    shuffled[:, column] = np.random.default_rng(2).permutation(shuffled[:, column])
+    result = judged(answers(shuffled), answers(rare))
+    assert result.verdict is not None
+    assert f"({LABELS[column]}; expected 0.995)" in result.verdict.failures[-1]
 
 
 def test_too_much_noise_fails_by_agreement() -> None:

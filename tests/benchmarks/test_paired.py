@@ -45,6 +45,28 @@ def test_the_same_answers_stay_quiet(repeat: int) -> None:
         "Edema": "cannot tell",
     }
     assert (found["Hernia"].reason, found["Edema"].reason) == ("few patients", "no positives or no negatives")
+    assert found["Hernia"].detectable is None  # no loss of any size would have been called one
+
+
+def test_the_detectable_loss_is_called_inferior_as_often_as_is_said() -> None:
+    """A true loss of that size, with the noise that it was stated for: of 200 cohorts 80 %."""
+    random = np.random.default_rng(0)
+    positive, patients = np.arange(400)[:, np.newaxis] < 150, np.arange(400)
+
+    def compared(lowered: float, margin: float = 0.005) -> Difference:
+        reference = random.normal(size=(400, 1)) + positive
+        candidate = reference + 0.3 * random.normal(size=(400, 1)) - lowered * positive
+        one = Cohort(labels=("Mass",), positive=positive, patients=patients, resamples=1)
+        return compare(one.ranking(candidate), one.ranking(reference), margin).findings[0]
+
+    lowered = 0.15
+    several = [compared(lowered) for _ in range(200)]
+    loss = -np.mean([each.difference.value for each in several if each.difference])
+    errors = [each.detectable - 0.005 for each in several if each.detectable]
+    margin = loss - np.mean(errors)  # for which that loss is the detectable one
+    assert 0.003 < margin < loss
+    shown = [compared(lowered, float(margin)).verdict == "inferior" for _ in range(200)]
+    assert 0.7 < np.mean(shown) < 0.9
 
 
 def test_identical_scores_differ_by_nothing_on_any_number_of_images() -> None:
@@ -129,7 +151,7 @@ def test_p_values_are_corrected_by_holm_over_the_findings_tested() -> None:
         student = t(patients - 1)
         error = half / student.ppf(0.975)
         assert finding.p_non_inferior == pytest.approx(student.sf((finding.difference.value + 0.005) / error))
-        assert finding.detectable == pytest.approx((student.isf(0.025 / 3) + student.ppf(0.8)) * error)
+        assert finding.detectable == pytest.approx(0.005 + (student.isf(0.025 / 3) + student.ppf(0.8)) * error)
 
 
 def test_more_images_show_smaller_losses() -> None:

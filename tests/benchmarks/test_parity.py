@@ -44,7 +44,7 @@ from thoraxrt.export.sample import SAMPLE_CHECKPOINT
 from thoraxrt.server.client import Client
 from thoraxrt.server.serve import running_server
 
-IMAGES = 16
+IMAGES = 24
 INT8 = (("onnxruntime", "int8"),)
 
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
 from thoraxrt.benchmarks.auroc import Cohort, Interval, finding_aurocs
 from thoraxrt.benchmarks.bench import BenchResult, Curve, Memory, Point, Stage
@@ -21,12 +23,23 @@ from thoraxrt.benchmarks.measures import changes, errors, operating, reliability
 from thoraxrt.benchmarks.paired import compare
 from thoraxrt.benchmarks.parity_gallery import gallery
 from thoraxrt.benchmarks.parity_report import parity_report
+from thoraxrt.benchmarks.parity_table import render
 from thoraxrt.benchmarks.peers import Peer
-from thoraxrt.benchmarks.receipt import Candidate, Data, Moved, Receipt, Result, Unanswered, Verdict
+from thoraxrt.benchmarks.receipt import (
+    Candidate,
+    Data,
+    DicomPair,
+    Moved,
+    Preprocessing,
+    Receipt,
+    Result,
+    Unanswered,
+    Verdict,
+)
 from thoraxrt.benchmarks.roofline import Peak, Peaks, Work, floor
 from thoraxrt.benchmarks.scenarios import ScenarioResult, latencies_from_ms
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.export.nih import NihDataset
+from thoraxrt.export.nih import NihBox, NihDataset
 from thoraxrt.export.phantoms import write_phantoms
 
 HOSTILE = "<script>alert('x')</script>"
@@ -78,6 +91,7 @@ def receipt(
     cohort = Cohort(labels=findings, positive=positive, patients=np.arange(images), resamples=50)
     logits = rng.normal(positive.astype(np.float64), 1.0)  # (N, C)
     rankings, reported, results = [], [], []
+    box = NihBox(finding=findings[0], x=0, y=0, width=9, height=9)
     for number, candidate in enumerate(candidates):
         own = logits + 0.1 * number * rng.normal(size=logits.shape)
         probabilities = 1 / (1 + np.exp(-own))
@@ -88,7 +102,7 @@ def receipt(
             aurocs=finding_aurocs(rankings[-1]),
             operating=operating(findings, positive, reported[-1]),
             reliability=reliability(findings, positive, probabilities),
-            localisation=localisation([()], [()], findings[:1]),
+            localisation=localisation([(box,)], [()], findings[:1]),
         )
         if number:
             result = msgspec.structs.replace(
@@ -157,10 +171,64 @@ def test_what_is_undefined_is_drawn_as_that(images: int, candidates: tuple[Candi
     assert ("Nothing was compared" in text) == (len(candidates) == 1)
 
 
-def test_nothing_shown_is_no_pass() -> None:
-    page = parity_report(receipt(("Mass",), 30))
-    assert f"{FP16}: nothing against it, but these images cannot tell whether AUROC lost" in page
+def said(given: Receipt) -> tuple[str, bool, str]:
+    """The page, whether the exit status is 0, and the table."""
+    console = Console(file=io.StringIO(), width=200)
+    for part in render(given):
+        console.print(part)
+    assert isinstance(console.file, io.StringIO)
+    return parity_report(given), given.passed, console.file.getvalue()
+
+
+@pytest.mark.parametrize(("shown", "outcome"), [(0, "agrees"), (1, "agrees"), (2, "passed")])
+def test_what_is_not_shown_of_every_finding_is_no_pass_anywhere(shown: int, outcome: str) -> None:
+    """The images can tell of none, of one or of both findings."""
+    given = receipt(("Mass", "Hernia"), 60)
+    first, second = given.results
+    assert second.comparison is not None
+    findings = [
+        msgspec.structs.replace(each, verdict="non-inferior" if number < shown else "cannot tell")
+        for number, each in enumerate(second.comparison.findings)
+    ]
+    comparison = msgspec.structs.replace(second.comparison, findings=tuple(findings))
+    results = (first, msgspec.structs.replace(second, comparison=comparison))
+    given = msgspec.structs.replace(given, results=results)
+    page, status, table = said(given)
+    assert given.outcome(results[1]) == outcome
+    assert status  # nothing failed
+    assert re.search(rf"{FP16} .* {outcome} ", table)
+    assert ('class="verdict pass"' in page) == (f"{FP16}: passes" in page) == (outcome == "passed")
+    words = f"{FP16}: nothing against it, but these images cannot tell whether AUROC lost in {2 - shown} of 2 findings"
+    assert (words in page) == (outcome == "agrees")
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        (
+            {"preprocessing": Preprocessing(images=9, identical=8, max_difference=1, different=("a.png",))},
+            "network inputs are not those of training: 1 of 9",
+        ),
+        (
+            {"dicom": (DicomPair(image="a.png", dicom="a.dcm", pixels_difference=3, input_difference=2),)},
+            "network inputs of 1 of 1 DICOM files are not those",
+        ),
+    ],
+)
+def test_another_network_input_fails_everybody_everywhere(changed: dict[str, object], why: str) -> None:
+    page, status, table = said(msgspec.structs.replace(receipt(("Mass",), 60), **changed))
+    assert not status
     assert 'class="verdict pass"' not in page
+    assert why in page
+    assert f"{FP16}: fails" in page
+    assert why in table
+    assert re.search(rf"{FP16} .* FAILED ", table)
+
+
+def test_too_few_patients_have_no_interval() -> None:
+    page = parity_report(receipt(("Mass",), 20))  # 40 % of them, so 8, have it
+    assert "+0." in page or "-0." in page
+    assert not re.search(r"[+-]0\.\d+ to", page)
 
 
 def test_a_runtime_that_broke_is_in_the_banners_alone() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import BundleError, SignatureError
-from thoraxrt.engine.receipt import RECEIPT, RECEIPT_SIGNATURE, read_receipt, require_parity
+from thoraxrt.engine.receipt import LEAST_IMAGES, RECEIPT, RECEIPT_SIGNATURE, read_receipt, require_parity
+from thoraxrt.export.agreement import ENOUGH
 from thoraxrt.export.publish import sign_bundle, write_receipt
 
 
@@ -19,8 +20,8 @@ def bundle(sample_bundle: Bundle, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(sample_bundle.path, tmp_path / "copy.bundle"))
 
 
-def said(bundle: Bundle, identical: int = 24, **verdicts: bool | None) -> bytes:
-    """A receipt with what the edge reads of it: verdicts by `backend_precision_through`, and 24 network inputs."""
+def said(bundle: Bundle, changed: dict[str, object] | None = None, **verdicts: bool | None) -> bytes:
+    """A receipt with what the edge reads of it: verdicts by `backend_precision_through`, on 24 images."""
     results = [
         {
             "candidate": dict(zip(("backend", "precision", "through"), name.split("_"), strict=True)),
@@ -30,12 +31,16 @@ def said(bundle: Bundle, identical: int = 24, **verdicts: bool | None) -> bytes:
         for name, passed in verdicts.items()
     ]
     receipt = {
+        "version": 1,
         "bundle": bundle.sha256,
         "environment": {"date": "2026-11-24"},
-        "preprocessing": {"images": 24, "identical": identical},
+        "data": {"images": 24, "patients": 17},
+        "margin": 0.005,
+        "preprocessing": {"images": 24, "identical": 24},
+        "dicom": [{"image": "a.png", "input_difference": 0}],
         "results": results,
     }
-    return json.dumps(receipt).encode()
+    return json.dumps(receipt | (changed or {})).encode()
 
 
 def test_no_receipt(bundle: Bundle) -> None:
@@ -57,7 +62,7 @@ def test_what_passed_is_what_no_verdict_says_otherwise_of(bundle: Bundle) -> Non
     write_receipt(bundle, receipt)
     passed = read_receipt(bundle)
     assert passed is not None
-    assert passed.date == "2026-11-24"
+    assert (passed.date, passed.images, passed.margin) == ("2026-11-24", 24, 0.005)
     assert passed.candidates == {("onnxruntime", "fp32"), ("openvino", "bf16")}
     require_parity(bundle, "openvino", "bf16")
     for refused in (("openvino", "int8"), ("onnxruntime", "int8"), ("tensorrt", "fp32"), ("pytorch", "fp32")):
@@ -65,10 +70,27 @@ def test_what_passed_is_what_no_verdict_says_otherwise_of(bundle: Bundle) -> Non
             require_parity(bundle, *refused)
 
 
-def test_nothing_passed_where_network_inputs_were_others(bundle: Bundle) -> None:
-    write_receipt(bundle, said(bundle, identical=23, onnxruntime_fp32_engine=None))
+@pytest.mark.parametrize(
+    "changed", [{"preprocessing": {"images": 24, "identical": 23}}, {"dicom": [{"input_difference": 1}]}]
+)
+def test_nothing_passed_where_network_inputs_were_others(bundle: Bundle, changed: dict[str, object]) -> None:
+    write_receipt(bundle, said(bundle, changed, onnxruntime_fp32_engine=None))
     with pytest.raises(BundleError, match="passed: none: run"):
         require_parity(bundle, "onnxruntime", "fp32")
+
+
+@pytest.mark.parametrize("changed", [{"data": {"images": 1}}, {"data": {"images": 19}}, {"margin": 0.99}])
+def test_a_receipt_of_hardly_anything_opens_nothing(bundle: Bundle, changed: dict[str, object]) -> None:
+    assert LEAST_IMAGES >= ENOUGH  # else findings were not judged one by one
+    write_receipt(bundle, said(bundle, changed, openvino_int8_engine=True))
+    with pytest.raises(BundleError, match=r"expected at least 20 images and a margin of at most 0\.01; .* anew"):
+        require_parity(bundle, "openvino", "int8")
+
+
+def test_a_receipt_of_another_version_is_named_as_such(bundle: Bundle) -> None:
+    write_receipt(bundle, b'{"version": 2, "what": "nobody knows"}')
+    with pytest.raises(BundleError, match=r"has version 2; this thoraxrt reads 1: .* anew"):
+        read_receipt(bundle)
 
 
 def test_a_receipt_of_another_manifest_or_of_nothing_is_refused(bundle: Bundle) -> None:

@@ -50,9 +50,38 @@ def test_a_changed_order_misses_the_bar_where_probabilities_hardly_move() -> Non
     assert not result.meets_bar
 
 
+FOURTEEN = (*"abcdefghijklm", "Hernia")
+RARE = RANDOM.normal(size=(76, 14)).astype(np.float32)
+RARE[:, 13] = RARE[:, 13] / 4 - 6  # probabilities of 0.002, ranks below all others
+
+
+def test_a_rare_finding_that_is_noise_misses_the_bar_though_the_pooled_measures_do_not_see_it() -> None:
+    shuffled = RARE.copy()
+    shuffled[:, 13] = RANDOM.permutation(shuffled[:, 13])
+    result = agreement(shuffled, RARE, Sigmoid(), FOURTEEN, None)
+    assert result.mean_error < 0.001
+    assert result.p99_error < 0.01
+    assert result.rank_correlation > 0.999
+    assert [result.concordance[label] for label in FOURTEEN[:13]] == [1] * 13
+    assert result.concordance["Hernia"] < 0.9
+    assert not result.meets_bar
+    assert agreement(shuffled[:19], RARE[:19], Sigmoid(), FOURTEEN, None).concordance == {}
+
+
+@pytest.mark.parametrize(("scale", "shift", "meets"), [(1, 0.01, True), (1, 0.04, False), (0.85, 0, False)])
+def test_a_rare_findings_shift_or_scale_counts_as_its_noise_does(scale: float, shift: float, meets: bool) -> None:
+    changed = RARE.copy()
+    changed[:, 13] = scale * (changed[:, 13] + 6) - 6 + shift
+    result = agreement(changed, RARE, Sigmoid(), FOURTEEN, None)
+    ours, theirs = changed[:, 13].astype(float), RARE[:, 13].astype(float)
+    by_hand = 1 - ((ours - theirs) ** 2).mean() / (ours.var() + theirs.var() + (ours.mean() - theirs.mean()) ** 2)
+    assert result.concordance["Hernia"] == pytest.approx(by_hand, abs=1e-9)
+    assert result.meets_bar == meets
+
+
 def test_a_constant_answer_misses_the_bar_with_a_correlation_that_json_can_hold() -> None:
     result = agreement(np.zeros_like(LOGITS), LOGITS, Sigmoid(), LABELS, None)
-    assert result.rank_correlation == 0
+    assert (result.rank_correlation, *result.concordance.values()) == (0, 0, 0, 0)
     assert not result.meets_bar
 
 

@@ -923,7 +923,8 @@ def test_a_bundle_must_have_passed_parity_where_that_is_required(repository: Rep
     def receipt(sha256: str, *, passed: bool) -> None:
         candidate = {"backend": "onnxruntime", "precision": "fp32", "through": "engine"}
         results = [{"candidate": candidate, "verdict": {"passed": passed}}]
-        written = {"bundle": sha256, "environment": {"date": "2026-11-24"}, "preprocessing": None, "results": results}
+        written = {"version": 1, "bundle": sha256, "environment": {"date": "2026-11-24"}, "data": {"images": 24}}
+        written |= {"margin": 0.005, "preprocessing": None, "dicom": [], "results": results}
         (folder / "parity.json").write_text(json.dumps(written))
 
     first = repository.put(1, 0.0)
