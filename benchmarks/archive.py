@@ -16,20 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from thoraxrt.benchmarks.scores import Writer
-from thoraxrt.benchmarks.scoring import (
-    Item,
-    engine_answerer,
-    engine_header,
-    open_engine,
-    score,
-    server_answerer,
-    server_header,
-)
+from thoraxrt.benchmarks.scoring import Item, engine_answerer, engine_header, open_engine, score
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.engine import image_files, listed_images
-from thoraxrt.engine.errors import DatasetError, RequestError
+from thoraxrt.engine.errors import DatasetError
 from thoraxrt.export import Track, no_progress
-from thoraxrt.server.client import Client
 
 __all__ = ["Summary", "items_in", "score_archive"]
 
@@ -53,7 +44,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def score_archive(
     source: Path,
     out: Path,
-    by: Bundle | Client,
+    bundle: Bundle,
     *,
     ray: bool = False,
     backend: str | None = None,
@@ -67,30 +58,23 @@ def score_archive(
     What is there already is not scored again, so that a run which was ended or killed goes on where it stopped, and one
     over an archive that has grown scores what is new. An image that changed under its name is not scored again.
 
-    `by` answers: a bundle, on this machine or with `ray` on a cluster (see `thoraxrt.benchmarks.ray_scoring`), or a
-    server. `backend`, `precision`, `device` and `batch` are those of `Engine.open`, of a bundle's engine alone.
+    The bundle answers on this machine, or with `ray` on a cluster (see `thoraxrt.benchmarks.ray_scoring`). `backend`,
+    `precision`, `device` and `batch` are those of `Engine.open`.
 
-    Raises DatasetError where the input cannot be read, RequestError where `out` has scores of something else, and what
-    ends a run: BackendError, of a server AccessError, ServerError, OverloadedError or DeadlineError.
+    Raises DatasetError where the input cannot be read, RequestError where `out` has scores of something else or of other
+    versions, and BackendError, which ends a run.
     """
     items = items_in(source)
     start = time.perf_counter()
-    if isinstance(by, Client):
-        if ray:
-            raise RequestError("a server answers from where it is; expected a bundle for Ray to bring to its machines")
-        model = by.model()
-        with Writer(out, server_header(model)) as writer:
-            before = len(writer.done)
-            score(items, server_answerer(by, model), writer, track)
-    elif ray:
+    if ray:
         from thoraxrt.benchmarks.ray_scoring import ray_header, score_on_ray  # Ray, which not everyone installs
 
-        with Writer(out, ray_header(by, backend, precision, device)) as writer:
+        with Writer(out, ray_header(bundle, backend, precision, device)) as writer:
             before = len(writer.done)
-            score_on_ray(items, by, writer, device=device, batch=batch, track=track)
+            score_on_ray(items, bundle, writer, device=device, batch=batch, track=track)
     else:
         with (
-            open_engine(by, backend=backend, precision=precision, device=device, batch=batch) as engine,
+            open_engine(bundle, backend=backend, precision=precision, device=device, batch=batch) as engine,
             Writer(out, engine_header(engine)) as writer,
         ):
             before = len(writer.done)

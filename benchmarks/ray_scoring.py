@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from thoraxrt.benchmarks.scores import PART_ROWS, Header, Row, Writer, table_from_rows
-from thoraxrt.benchmarks.scoring import Answerer, Item, answered_rows, engine_answerer, open_engine
+from thoraxrt.benchmarks.scoring import Answerer, Item, answered_rows, engine_answerer, open_engine, versions
 from thoraxrt.engine import errors
 from thoraxrt.engine.backends import choose
 from thoraxrt.engine.bundle import Bundle
@@ -45,8 +45,8 @@ from ray.exceptions import RayError
 __all__ = ["ray_header", "score_on_ray"]
 
 _BLOCKS_EACH: Final = 8
-_EXECUTOR_S: Final = 10.0
 """Blocks an engine gets at least, where there are images enough, so that all end at about the same time."""
+_EXECUTOR_S: Final = 10.0
 
 
 def ray_header(bundle: Bundle, backend: str | None, precision: str | None, device: str | None) -> Header:
@@ -66,6 +66,7 @@ def ray_header(bundle: Bundle, backend: str | None, precision: str | None, devic
         backend=backend,
         precision=precision,
         through="engine",
+        versions=versions(backend),
     )
 
 
@@ -80,12 +81,13 @@ def score_on_ray(
 ) -> None:
     """What `thoraxrt.benchmarks.scoring.score` does, on the cluster of `RAY_ADDRESS`, else on one of this machine alone.
 
-    Each engine has a GPU, or else a whole machine, since a backend on the CPU uses all of its cores. Every machine needs
-    thoraxrt, and bundle and images at the same paths. Blocks are written as they come back, and read in the order of the
+    Each engine has a GPU, or else a whole machine, since a backend on the CPU uses all of its cores; a container that is
+    held to some of them is a machine to Ray, and how a large one is divided. Every machine needs the same versions as
+    this one, and bundle and images at the same paths. Blocks are written as they come back, and read in the order of the
     items.
 
     Raises what an engine raises, BackendError where it fails say or the cluster breaks, BundleError where a machine has
-    another bundle, BackendUnavailableError where there is no cluster or it has no such machine; what was written stays,
+    another bundle, BackendUnavailableError where there is no cluster, it has no such machine or other versions; what was written stays,
     and a further call goes on from there. A worker that dies (its machine is lost, or out of memory) is started again,
     as often as it dies.
     """
@@ -144,6 +146,15 @@ class _Scorer:
         if opened.sha256 != self._header.bundle_sha256:
             raise BundleError(
                 f"{opened.path} on {os.uname().nodename} is another bundle than where this run began; copy that one there"
+            )
+        here = versions(self._header.backend)
+        others = [
+            f"{name} {here.get(name)}" for name, version in self._header.versions.items() if here.get(name) != version
+        ]
+        if others:
+            raise BackendUnavailableError(
+                f"{os.uname().nodename} has {', '.join(others)}, which is not what this run began with; install there what "
+                "the machine has that started it"
             )
         engine = open_engine(
             opened,

@@ -38,7 +38,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What answered every image of a folder: JSON under `thoraxrt` in the metadata of each part.
 
     `labels` name the columns of logits and probabilities. `bundle_sha256` is the manifest's; `backend` and
-    `precision` are what was executed, `through` is "engine" or "server", or what else gave the answers.
+    `precision` are what was executed, `through` is "engine" or "server", or what else gave the answers. `versions` are
+    of the packages that the numbers hang on too, by name.
     """
 
     labels: tuple[str, ...]
@@ -46,6 +47,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     backend: str
     precision: str
     through: str
+    versions: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -309,11 +311,13 @@ def _check_same(part: Path, found: Header, expected: Header) -> None:
         if (theirs := getattr(found, name)) != ours:
             raise RequestError(
                 f"{part}: its {name} is {_shown(theirs)}, expected {_shown(ours)}; the scores of one folder come from one "
-                "bundle, backend and precision: take another folder"
+                "bundle, backend and precision, and the same versions: take another folder"
             )
 
 
-def _shown(value: str | tuple[str, ...]) -> str:
+def _shown(value: str | tuple[str, ...] | dict[str, str]) -> str:
+    if isinstance(value, dict):
+        value = tuple(map(" ".join, value.items())) or "not known"
     return value if isinstance(value, str) else ", ".join(value)
 
 

@@ -18,6 +18,8 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from thoraxrt import __version__
+from thoraxrt.benchmarks.environment import environment
 from thoraxrt.benchmarks.scores import Header, Row, Writer
 from thoraxrt.engine.boxes import Box, boxes_from_cam
 from thoraxrt.engine.bundle import Bundle, Manifest
@@ -41,10 +43,11 @@ __all__ = [
     "open_engine",
     "score",
     "server_answerer",
-    "server_header",
+    "versions",
 ]
 
 _LIMITS: Final = DecodeLimits()
+_READERS: Final = ("numpy", "pillow", "opencv-python-headless")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +184,15 @@ def engine_header(engine: Engine) -> Header:
         backend=engine.backend,
         precision=engine.precision,
         through="engine",
+        versions=versions(engine.backend),
     )
+
+
+def versions(backend: str) -> dict[str, str]:
+    """Of thoraxrt, of what reads images and of the backend's runtime, where installed: with another one numbers move."""
+    installed = environment().versions.items()
+    used = {name: version for name, version in installed if name in _READERS or name.startswith(backend)}
+    return {"thoraxrt": __version__, **used}
 
 
 def engine_answerer(engine: Engine, *, located: bool = False) -> Answerer:
@@ -191,17 +202,6 @@ def engine_answerer(engine: Engine, *, located: bool = False) -> Answerer:
         return engine.predict(images, cam=located)
 
     return partial(_answers, answers, engine.manifest)
-
-
-def server_header(model: Model) -> Header:
-    """The header of the scores of a server that says it serves `model`."""
-    return Header(
-        labels=model.labels,
-        bundle_sha256=model.manifest_sha256,
-        backend=model.backend,
-        precision=model.precision,
-        through="server",
-    )
 
 
 def server_answerer(client: Client, model: Model, *, located: bool = False) -> Answerer:

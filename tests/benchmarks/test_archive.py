@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,9 +18,7 @@ from thoraxrt.benchmarks.archive import items_in, score_archive
 from thoraxrt.benchmarks.scores import read
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.engine import Engine
-from thoraxrt.engine.errors import DatasetError, RequestError
-from thoraxrt.server.client import Client
-from thoraxrt.server.serve import running_server
+from thoraxrt.engine.errors import DatasetError
 
 
 @pytest.fixture(scope="module")
@@ -110,24 +107,6 @@ def test_an_archive_that_has_grown_is_scored_where_it_is_new(tmp_path: Path, bun
                 answer = engine.predict_one(source / image)
                 assert found.logits[at].tolist() == [finding.logit for finding in answer.findings]
                 assert found.boxes(at) == answer.boxes
-
-
-def test_a_server_scores_an_archive_into_a_folder_of_its_own(tmp_path: Path, bundle: Bundle) -> None:
-    source = archive(tmp_path / "archive", 5)
-    ours = score_archive(source, tmp_path / "ours", bundle, backend="onnxruntime")
-    with (
-        Engine.open(bundle, backend="onnxruntime") as engine,
-        running_server(engine) as port,
-        Client(f"127.0.0.1:{port}") as client,
-    ):
-        theirs = score_archive(source, tmp_path / "theirs", client)
-        with pytest.raises(RequestError, match="its through is engine, expected server"):
-            score_archive(source, tmp_path / "ours", client)
-        with pytest.raises(RequestError, match="expected a bundle for Ray"):
-            score_archive(source, tmp_path / "theirs", client, ray=True)
-    assert (theirs.images, theirs.failed) == (ours.images, ours.failed) == (5, 0)
-    assert read(tmp_path / "theirs").images == read(tmp_path / "ours").images
-    np.testing.assert_array_equal(read(tmp_path / "theirs").logits, read(tmp_path / "ours").logits)
 
 
 RUN = """

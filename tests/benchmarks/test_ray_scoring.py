@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
+from thoraxrt import __version__
 from thoraxrt.benchmarks.archive import items_in, score_archive
 from thoraxrt.benchmarks.scores import read
 from thoraxrt.engine.bundle import Bundle
@@ -36,6 +37,7 @@ from thoraxrt.benchmarks import ray_scoring
 from thoraxrt.benchmarks.archive import score_archive
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import BackendUnavailableError, BundleError, RequestError
+import numpy
 import ray
 from ray._common.usage import usage_lib
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
@@ -82,6 +84,8 @@ with ray_scoring._cluster():
         refusal(BackendUnavailableError, bundle, **on_gpu),
         refusal(RequestError, bundle, device="cuda:1"),
     ]
+    ray_scoring.versions = lambda backend: {"thoraxrt": "0.0", "numpy": numpy.__version__}  # here, not in the workers
+    refusals.append(refusal(BackendUnavailableError, bundle, backend="onnxruntime"))
     print(json.dumps({
         "killed": len(killed), "scored": summary.scored, "failed": summary.failed, "rows": rows, "again": again.scored,
         "refusals": refusals, "usage": usage_lib.usage_stats_enabled(), "auth": is_token_auth_enabled(),
@@ -125,6 +129,7 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(images: Path, sample_
     assert "model.fp32.onnx is not the file that was exported" in said["refusals"][0], "the engine's own words"
     assert "the Ray cluster has no machine with a GPU" in said["refusals"][1]
     assert "the device is 'cuda:1'; expected cpu or cuda" in said["refusals"][2]
+    assert f"has thoraxrt {__version__}, which is not what this run began with" in said["refusals"][3]
     assert said["usage"] is False
     assert said["auth"] is True  # else whoever reaches the ports runs what they like here
     local, ray = read(tmp_path / "local"), read(tmp_path / "ray")

@@ -176,6 +176,7 @@ def test_an_exception_keeps_what_was_written_before_it(tmp_path: Path) -> None:
         ({"bundle_sha256": "ef" * 32}, "its bundle_sha256 is abab"),
         ({"precision": "int8"}, "its precision is fp16, expected int8;.* take another folder"),
         ({"through": "server"}, "its through is engine, expected server"),
+        ({"versions": {"numpy": "3.0", "openvino": "2"}}, "its versions is not known, expected numpy 3.0, openvino 2;"),
     ],
 )
 def test_scores_of_something_else_are_not_added_to(tmp_path: Path, other: dict[str, object], expected: str) -> None:

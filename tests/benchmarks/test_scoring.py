@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from tests.server.conftest import LABELS, encoded, tiny_graph, write_bundle
+from thoraxrt import __version__
 from thoraxrt.benchmarks.scores import PART_ROWS, Header, Scores, Writer, read
 from thoraxrt.benchmarks.scoring import (
     Answer,
@@ -25,7 +26,7 @@ from thoraxrt.benchmarks.scoring import (
     open_engine,
     score,
     server_answerer,
-    server_header,
+    versions,
 )
 from thoraxrt.engine.bundle import MANIFEST, Bundle
 from thoraxrt.engine.engine import Engine, Prediction
@@ -77,8 +78,16 @@ def test_what_the_engine_says_is_what_is_kept(bundle: Bundle, tmp_path: Path) ->
         found = scored(items, engine, tmp_path / "scores")
         expected = list(engine.predict([item.path for item in items]))
     assert found.header == Header(
-        labels=LABELS, bundle_sha256=bundle.sha256, backend="onnxruntime", precision="fp32", through="engine"
+        labels=LABELS,
+        bundle_sha256=bundle.sha256,
+        backend="onnxruntime",
+        precision="fp32",
+        through="engine",
+        versions=versions("onnxruntime"),
     )
+    assert found.header.versions["thoraxrt"] == __version__
+    assert any(name.startswith("onnxruntime") for name in found.header.versions)
+    assert "openvino" not in found.header.versions
     assert found.images == tuple(MIXED)
     assert found.sha256 == tuple(None if data is None else hashlib.sha256(data).hexdigest() for data in MIXED.values())
     for at, answer in enumerate(expected):
@@ -131,13 +140,12 @@ def test_a_server_gives_the_engines_scores(bundle: Bundle, tmp_path: Path) -> No
         ours = scored(items, engine, tmp_path / "ours")
         with running_server(engine) as port, Client(f"127.0.0.1:{port}") as client:
             model = client.model()
-            with Writer(tmp_path / "theirs", server_header(model)) as writer:
+            with Writer(tmp_path / "theirs", msgspec.structs.replace(ours.header, through="server")) as writer:
                 score(items, server_answerer(client, model, located=True), writer)
             theirs = read(tmp_path / "theirs")
             other = msgspec.structs.replace(model, manifest_sha256="ab" * 32)
             with pytest.raises(ServerError, match=r"answers with bundle .* by now, expected bundle abababababab on"):
                 list(answered_rows(items, server_answerer(client, other)))
-    assert theirs.header == msgspec.structs.replace(ours.header, through="server")
     assert theirs.images == ours.images
     assert theirs.sha256 == ours.sha256
     assert theirs.errors == ours.errors
