@@ -1,4 +1,4 @@
-"""`thoraxrt bench --against`: this thoraxrt and another one, or another bundle, side by side in the same rounds.
+"""`thoraxrt bench against`: this thoraxrt and another one, or another bundle, side by side in the same rounds.
 
 The sure way to tell a slower build from a slower hour: both see the same machine at the same time. Owns the processes of
 the two sides, the order of their turns, and the verdict.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -55,7 +56,7 @@ def against(
     `other` is the Python of another environment, whose thoraxrt then opens the same bundle, or the folder of another
     bundle, which this thoraxrt opens. Each side is an engine and a server in fresh processes; all four stand until the
     end, and one at a time works. The number of rounds is best even: each side is then first as often as the other.
-    `images` are encoded files; `ran` names backend, precision and device for both sides.
+    `images` are encoded files; `ran` names backend, precision and device; what it leaves open each side chooses.
 
     Raises RequestError where `other` is neither, there are no images or fewer than 8 rounds, or a side cannot run;
     BundleError for a folder that is no bundle; what `Client.predict` raises.
@@ -182,10 +183,9 @@ class _Process:
                 return line.strip()
         self._process.wait()
         self._log.seek(0)
-        last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
-        raise RequestError(
-            f"{self._python} has ended ({' '.join(last)}); expected a Python whose thoraxrt can run this"
-        )
+        logged = self._log.read().decode(errors="replace")
+        last = ["its log is empty", *re.findall(r"\w.*[^\s│]", logged)][-1]  # without the frame round a usage error
+        raise RequestError(f"{self._python} has ended ({last}); expected a Python whose thoraxrt can run this")
 
     def __enter__(self) -> Self:
         return self

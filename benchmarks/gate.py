@@ -193,6 +193,6 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print("NOTHING COULD BE TOLD: too noisy, or the machine is not as it was", markup=False)
     console.print(
         "Results of another hour may be of another regime of the machine. The sure way is side by side: "
-        "thoraxrt bench BUNDLE IMAGES --against PYTHON",
+        "thoraxrt bench against PYTHON BUNDLE IMAGES",
         markup=False,
     )
