@@ -335,10 +335,35 @@ def test_a_request_is_held_no_longer_than_its_images_wait(
         assert _alive() - before <= 1  # that which gRPC gave last
         gate.open()
         assert len(list(call)) == 8
+        gate.shut()
+        before = _alive()
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        calls = [infer.future(data) for _ in range(8)]
+        told.wait_for("queue", 8)
+        assert _alive() == before
+        gate.open()
+        assert all(answer.result() for answer in calls)
 
 
 def _alive() -> int:
     return sum(type(one) is pb.ModelInferRequest for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("inference.GRPCInferenceService/ModelInfer", b"\x2a\x00" * 20_000),  # inputs, each of them empty
+        ("inference.GRPCInferenceService/ModelInfer", b"\x2a\xc0\xb8\x02" + b"\x18\x01" * 20_000),  # one input's shape
+        ("thoraxrt.v1.PredictionService/Predict", b"\x12\x00" * 20_000),
+        ("thoraxrt.v1.PredictionService/PredictStudy", b"\x0a\x00" * 20_000),
+    ],
+)  # fmt: skip
+def test_a_message_of_countless_small_fields_is_not_parsed(engine: Engine, method: str, message: bytes) -> None:
+    with running_server(OneModel(engine)) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary(f"/{method}")(message)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "more than 10000 fields" in refused.value.details()
 
 
 def test_statistics_ask_for_nothing_but_stages_and_batches(engine: Engine, images: list[bytes]) -> None:
