@@ -1,4 +1,4 @@
-"""README's tables from committed result files: `python -m thoraxrt.benchmarks.readme [--check]`.
+"""The documents' tables from committed result files: `python -m thoraxrt.benchmarks.readme [--check]`.
 
 Between `<!-- table NAME FILE.json -->` and `<!-- /table -->` stands what NAME makes of benchmarks/results/FILE.json.
 """
@@ -18,12 +18,14 @@ import typer
 from thoraxrt.benchmarks.bench import BenchResult
 from thoraxrt.benchmarks.receipt import Receipt
 from thoraxrt.benchmarks.serving_compared import OURS
+from thoraxrt.engine.bundle import Manifest
 from thoraxrt.engine.errors import RequestError
 
-__all__ = ["TABLES", "filled", "main"]
+__all__ = ["DOCUMENTS", "TABLES", "filled", "main"]
 
 _REPOSITORY: Final = Path(__file__).resolve().parents[1]
 _RESULTS: Final = _REPOSITORY / "benchmarks" / "results"
+DOCUMENTS: Final = (_REPOSITORY / "README.md", _REPOSITORY / "benchmarks" / "README.md")
 _TABLE: Final = re.compile(r"(<!-- table (\S+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 Rows = Iterable[tuple[str, ...]]
@@ -87,23 +89,36 @@ def _overlap(data: bytes) -> Rows:
 
 
 def _serving(data: bytes) -> Rows:
+    (row,) = _results(data)
+    yield "what", "measured", "aim"
+    refused = row["refused_p99_ms"]
     yield (
-        *("what runs", "in process, images/s", "served, best, images/s", "of in process"),
-        *("added to a lone call (bare gRPC), ms", "p99 at 80 % load (a bare queue; evenly), x unloaded"),
-        *("answered in time at 300 % load, of capacity", "refused, p99, ms"),
+        f"images/s in process, and served; the share, of the best of {'/'.join(row['served_per_s'])} at a time",
+        f"{row['in_process_per_s']:.1f}, {max(row['served_per_s'].values()):.1f}; {row['ratio']:.0%}",
+        "90 %",
     )
-    for row in _results(data):
-        refused = row["refused_p99_ms"]
-        yield (
-            row["name"],
-            f"{row['in_process_per_s']:.1f}",
-            f"{max(row['served_per_s'].values()):.1f}",
-            f"{100 * row['ratio']:.0f} %",
-            f"{row['added_ms']:.1f} ({row['bare_ms']:.1f})",
-            f"{row['steady_p99']:.1f} ({row['queue_p99']:.1f}; {row['even_p99']:.1f})",
-            f"{100 * row['goodput']:.0f} %",
-            "none" if refused is None else f"{refused:.0f}",
-        )
+    yield (
+        f"ms that serving adds to the {row['in_process_ms']:.0f} ms of a lone image; of which bare gRPC",
+        f"{row['added_ms']:.1f}; {row['bare_ms']:.1f}",
+        "1.5",
+    )
+    yield (
+        "99th percentile at 80 % of capacity, in unloaded medians: requests come evenly",
+        f"{row['even_p99']:.1f}",
+        "3",
+    )
+    yield (
+        "the same at random (Poisson); of a queue that costs nothing besides",
+        f"{row['steady_p99']:.1f}; {row['queue_p99']:.1f}",
+        "3",
+    )
+    yield (
+        "at 300 % of capacity: answered in time, of capacity, by round",
+        " / ".join(f"{part:.0%}" for part in row["goodputs"]),
+        "90 %",
+    )
+    yield "at 300 %: refused within, 99th percentile, ms", "none" if refused is None else f"{refused:.0f}", "20"
+    yield "at 300 %: memory grown", f"{row['growth_bytes'] / row['memory_bytes']:.1%}", "flat"
 
 
 def _serving_peers(data: bytes) -> Rows:
@@ -123,12 +138,18 @@ def _serving_peers(data: bytes) -> Rows:
 
 
 def _scenarios(data: bytes) -> Rows:
-    yield "scenario", "target", "input", "images/s", "p50, ms", "p99, ms", "LoadGen says"
+    yield (
+        *("scenario", "target", "input", "LoadGen says", "judged by", "that, ms (95 % interval)", "p50, ms"),
+        *("offered/s", "images/s"),
+    )
     for run in msgspec.json.decode(data, type=BenchResult).scenarios:
-        percentiles = {found.percent: f"{found.ms:.1f}" for found in run.latency.percentiles} if run.latency else {}
+        judged, middle = run.judged, run.latency and run.latency.at(50)
+        interval = judged and judged.interval_ms
         yield (
-            *(run.scenario, run.target, run.input, "" if run.images_per_s is None else f"{run.images_per_s:.1f}"),
-            *(percentiles.get(50.0, ""), percentiles.get(99.0, ""), run.verdict),
+            *(run.scenario, run.target, run.input, run.verdict, run.rule),
+            f"{judged.ms:.0f} ({interval.low:.0f} to {interval.high:.0f})" if judged and interval else "",
+            f"{middle.ms:.0f}" if middle else "",
+            *("" if rate is None else f"{rate:.1f}" for rate in (run.offered_per_s, run.images_per_s)),
         )
 
 
@@ -143,15 +164,20 @@ def _peers(data: bytes) -> Rows:
             yield peer.name, f"{median(peer.rounds.milliseconds):.1f}", f"{peer.speed_up:.2f}", interval, error
 
 
-def _floors(data: bytes) -> Rows:
-    yield "batch", "operations an image", "operations/byte", "bound by", "least time an image, ms"
-    for floor in msgspec.json.decode(data, type=BenchResult).floors:
+def _export(data: bytes) -> Rows:
+    yield (
+        *("precision", "logits within, of the original", "probability error to fp32, mean / 99th percentile"),
+        *("rank correlation", "convolutions in INT8"),
+    )
+    manifest = msgspec.json.decode(data, type=Manifest)
+    for precision, check in manifest.checks.items():
+        found, calibration = manifest.agreement.get(precision), manifest.calibration
         yield (
-            str(floor.batch),
-            f"{floor.operations / 1e9:.2f} G",
-            f"{floor.intensity:.0f}",
-            floor.bound,
-            f"{floor.milliseconds:.2f}",
+            precision,
+            f"{check.max_logit_difference:.1e}",
+            f"{found.mean_error:.4f} / {found.p99_error:.4f}" if found else "",
+            f"{found.rank_correlation:.4f}" if found else "",
+            f"{calibration.quantised} of {calibration.layers}" if calibration and precision == "int8" else "",
         )
 
 
@@ -177,7 +203,7 @@ TABLES: Final[Mapping[str, Callable[[bytes], Rows]]] = {
     "serving-peers": _serving_peers,
     "bench-scenarios": _scenarios,
     "bench-peers": _peers,
-    "bench-floors": _floors,
+    "export": _export,
     "parity": _parity,
 }
 """By name, what makes a table of a result file's bytes: a heading, then rows."""
@@ -185,24 +211,26 @@ TABLES: Final[Mapping[str, Callable[[bytes], Rows]]] = {
 
 def main(
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit 1 where README and results differ.")
+        bool, typer.Option("--check", help="Write nothing; exit 1 where a document and the results differ.")
     ] = False,
 ) -> None:
-    """Fill README's tables from benchmarks/results."""
-    file = _REPOSITORY / "README.md"
-    before = file.read_text()
-    try:
-        after = filled(before, _RESULTS)
-    except RequestError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    if check and after != before:
-        print(
-            "README.md is not what benchmarks/results say: run `python -m thoraxrt.benchmarks.readme`", file=sys.stderr
-        )
-        raise SystemExit(1)
-    if not check:
-        file.write_text(after)
+    """Fill the tables of README.md and benchmarks/README.md from benchmarks/results."""
+    for file in DOCUMENTS:
+        before = file.read_text()
+        try:
+            after = filled(before, _RESULTS)
+        except RequestError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(2) from None
+        if check and after != before:
+            print(
+                f"{file.relative_to(_REPOSITORY)} is not what benchmarks/results say: "
+                "run `python -m thoraxrt.benchmarks.readme`",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
+        if not check:
+            file.write_text(after)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""README's tables: made of the committed results, and what stands there now."""
+"""The documents' tables: made of the committed results, and what stands there now."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_readme_says_what_the_committed_results_say() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert filled(text, RESULTS) == text
+TEXTS = [document.read_text() for document in readme.DOCUMENTS]
+
+
+def test_the_documents_say_what_the_committed_results_say() -> None:
+    assert [filled(text, RESULTS) for text in TEXTS] == TEXTS
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.name)
 def test_every_committed_result_makes_a_table(file: Path) -> None:
-    names = re.findall(rf"<!-- table (\S+) {file.name} -->", (ROOT / "README.md").read_text())
-    assert names, "README shows it"
+    names = re.findall(rf"<!-- table (\S+) {file.name} -->", "".join(TEXTS))
+    assert names, "a document shows it"
     for name in names:
         first, second, *rows = filled(f"<!-- table {name} {file.name} -->\n<!-- /table -->", RESULTS).splitlines()[1:-1]
         columns = first.count("|")
@@ -74,6 +76,7 @@ def test_the_check_fails_where_a_table_is_old_and_the_command_mends_it(
     file = next(RESULTS.glob("overlap-*.json"))
     (tmp_path / "README.md").write_text(f"<!-- table overlap {file.name} -->\n<!-- /table -->\n")
     monkeypatch.setattr(readme, "_REPOSITORY", tmp_path)
+    monkeypatch.setattr(readme, "DOCUMENTS", (tmp_path / "README.md",))
     with pytest.raises(SystemExit) as ended:
         readme.main(check=True)
     assert ended.value.code == 1
