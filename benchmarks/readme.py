@@ -181,6 +181,31 @@ def _export(data: bytes) -> Rows:
         )
 
 
+def _fuzz(data: bytes) -> Rows:
+    yield "what took it", "cases", "how they ended"
+    for name, ended in msgspec.json.decode(data)["ended"].items():
+        counts = sorted(ended.items(), key=lambda pair: -pair[1])
+        yield name, str(sum(ended.values())), ", ".join(f"{status} {count}" for status, count in counts)
+
+
+def _soak(data: bytes) -> Rows:
+    yield "clients", "how their calls ended"
+    found = msgspec.json.decode(data)
+    clients: dict[str, list[str]] = {}
+    for call, count in found["calls"].items():
+        kind, status = call.rsplit(" ", 1)
+        clients.setdefault(kind, []).append(f"{status} {count}")
+    yield from ((kind, ", ".join(statuses)) for kind, statuses in clients.items())
+    (before, after), (opened, left) = (found[name] for name in ("memory_bytes", "descriptors"))
+    yield (
+        "the server",
+        f"{found['images']} images in {found['seconds']:.0f} s; {found['killed']} workers killed, {found['swapped']} "
+        f"bundles swapped, {found['jumps']} jumps of its clock, {found['filled']} times its disk full; memory "
+        f"{before / 2**20:.0f} to {after / 2**20:.0f} MiB, descriptors {opened} to {left}; "
+        f"faults: {sum(found['faults'].values())}",
+    )
+
+
 def _parity(data: bytes) -> Rows:
     yield "candidate", "images", "probability error, mean / 99th percentile", "AUROC, mean over findings", "verdict"
     receipt = msgspec.json.decode(data, type=Receipt)
@@ -192,7 +217,7 @@ def _parity(data: bytes) -> Rows:
             str(receipt.data.images),
             f"{errors.mean:.4f} / {errors.p99:.4f}" if errors else "",
             f"{mean(aurocs):.4f}" if aurocs else "",
-            "reference" if result.verdict is None else "passed" if result.verdict.passed else "failed",
+            receipt.outcome(result) or "reference",
         )
 
 
@@ -204,6 +229,8 @@ TABLES: Final[Mapping[str, Callable[[bytes], Rows]]] = {
     "bench-scenarios": _scenarios,
     "bench-peers": _peers,
     "export": _export,
+    "fuzz": _fuzz,
+    "soak": _soak,
     "parity": _parity,
 }
 """By name, what makes a table of a result file's bytes: a heading, then rows."""

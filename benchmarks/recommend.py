@@ -14,7 +14,7 @@ from thoraxrt.benchmarks.bench import BenchResult
 from thoraxrt.benchmarks.receipt import Receipt
 from thoraxrt.engine.bundle import MANIFEST, SIGNATURE, Bundle, Recommended
 from thoraxrt.engine.errors import BundleError, RequestError
-from thoraxrt.engine.receipt import RECEIPT, RECEIPT_SIGNATURE, read_receipt
+from thoraxrt.engine.receipt import RECEIPT, RECEIPT_SIGNATURE, read_receipt, require_parity
 from thoraxrt.engine.trust import sign
 from thoraxrt.export.bundle import manifest_bytes
 from thoraxrt.export.publish import publish
@@ -29,7 +29,8 @@ def recommend(bundle: Bundle, speed: BenchResult, key: Path | None = None) -> Re
     on the machine that is to serve. Graphs and verdicts stay as they are; the receipt names the new manifest. `key` is a
     private key that signs both, as it must where they were signed.
 
-    Raises BundleError where there is no receipt or it is of another manifest, RequestError where `speed` is of another
+    Raises BundleError where there is no receipt, it is of another manifest or of hardly anything (see
+    `require_parity`), RequestError where `speed` is of another
     bundle or timed nothing that passed, and where a signature would be lost.
     """
     receipt = read_receipt(bundle)
@@ -51,6 +52,7 @@ def recommend(bundle: Bundle, speed: BenchResult, key: Path | None = None) -> Re
             "run thoraxrt bench without --no-peers and --quick on the machine that is to serve"
         )
     backend, precision = passed[max(timed, key=lambda name: timed[name])]
+    require_parity(bundle, backend, precision)
     recommended = Recommended(backend=backend, precision=precision)
     bundle.verify()
     files = {path.name: path.read_bytes() for path in bundle.path.iterdir() if path.is_file()}

@@ -139,7 +139,7 @@ class Ticket(Generic[T]):
 
 @dataclass(slots=True, eq=False)
 class Job(Generic[T]):
-    """One image in the queue; `item` is the caller's. Times are the clock's: given, decoding, decoded, in a batch.
+    """One image in the queue; `item` is the caller's. Times are the clock's: given, decoding, decoded, in a batch, answered.
 
     Once `dropped`, nobody waits for its answer.
     """
@@ -154,6 +154,7 @@ class Job(Generic[T]):
     decode_began: float = 0.0
     decode_ended: float = 0.0
     batch_began: float = 0.0
+    batch_ended: float = 0.0
 
 
 @dataclass(slots=True)
@@ -424,6 +425,7 @@ class Batcher(Generic[T]):
         self.times.learn_batch(len(running.jobs), now - max(running.began, self._batch_ended))
         self._batch_ended = now
         for job in running.jobs:
+            job.batch_ended = now
             self._free(job)
 
     # Leaving

@@ -285,7 +285,7 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
                 kind, array = tensors[name]
                 response.outputs.add(name=name, datatype=kind, shape=array.shape)
                 response.raw_output_contents.append(array.tobytes())
-            self._telemetry.stage(loaded.name, "write", time.perf_counter() - began)
+            self._telemetry.stage_of_call(loaded.name, "write", time.perf_counter() - began)
             return response
 
     def _leased(self, name: str, version: str) -> AbstractContextManager[Loaded]:

@@ -18,7 +18,8 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -60,6 +61,9 @@ class _Item:
 
 
 _Answer = Prediction | Exception
+
+_STAGES: Final = ("queue", "decode", "batch_wait", "network")
+"""Between the times of a job, in their order."""
 
 
 class Scheduler:
@@ -170,13 +174,17 @@ class Scheduler:
             raise
         self._feed()
         try:
-            return await item.answer
+            prediction = await item.answer
         except asyncio.CancelledError:
             with self._changed:
                 self._policy.drop(job)
             self._stop_decoding(job)
             self._note_depth()
             raise
+        times = (job.entered, job.decode_began, job.decode_ended, job.batch_began, job.batch_ended)
+        for stage, (began, ended) in zip(_STAGES, pairwise(times), strict=True):
+            self._telemetry.traced(self.model, stage, ended - began, ended)
+        return prediction
 
     def release(self, ticket: Ticket[_Item]) -> None:
         """Give back the room of the images that a ticket's request did not bring."""

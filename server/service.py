@@ -365,7 +365,7 @@ class PredictionService:
         message = await self._read(call, requests, ticket)
         if message is None:
             raise RequestError("the call brought no message; expected one")
-        self._telemetry.stage(loaded.name, "read", time.perf_counter() - began)
+        self._telemetry.stage_of_call(loaded.name, "read", time.perf_counter() - began)
         body, end = [message], asyncio.create_task(self._read(call, requests, ticket))
         del message
         try:
@@ -413,13 +413,13 @@ class PredictionService:
         began = time.perf_counter()
         drawing = self._drawing.submit(_draw, prediction, loaded.engine.manifest.preprocess, options)
         overlay = await asyncio.wrap_future(drawing)
-        self._telemetry.stage(loaded.name, "draw", time.perf_counter() - began)
+        self._telemetry.stage_of_call(loaded.name, "draw", time.perf_counter() - began)
         return overlay
 
     def _written(self, loaded: Loaded, message: pb.PredictResponse | pb.PredictStudyResponse) -> bytes:
         began = time.perf_counter()
         data = message.SerializeToString()
-        self._telemetry.stage(loaded.name, "write", time.perf_counter() - began)
+        self._telemetry.stage_of_call(loaded.name, "write", time.perf_counter() - began)
         return data
 
 
@@ -507,7 +507,7 @@ class _Stream:
         async with self._writing:
             await whole(self._write(data))
         if not isinstance(admitted, Status):
-            self._service._telemetry.stage(admitted[0].name, "write", time.perf_counter() - began)
+            self._service._telemetry.stage_of_call(admitted[0].name, "write", time.perf_counter() - began)
 
 
 def _handler(make: Any, method: Any, message: Any) -> Any:

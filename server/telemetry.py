@@ -78,11 +78,16 @@ class NullTelemetry:
     what a client asked for: each new value is kept for as long as the process runs.
     """
 
-    def stage(self, model: str, stage: str, seconds: float, ended: float | None = None) -> None:
-        """One image spent so long in a stage: read, queue, decode, batch_wait, network, draw or write.
+    def stage(self, model: str, stage: str, seconds: float) -> None:
+        """One image has spent so long in a stage: read, queue, decode, batch_wait, network, draw or write."""
 
-        Until `ended`, by `time.monotonic`; without, until now. Reported within a call, it is in the call's trace.
-        """
+    def traced(self, model: str, stage: str, seconds: float, ended: float | None = None) -> None:
+        """The same for the trace of the call that this is said in; until `ended`, by `time.monotonic`, else until now."""
+
+    def stage_of_call(self, model: str, stage: str, seconds: float) -> None:
+        """Both, of a stage that has just ended in its call."""
+        self.stage(model, stage, seconds)
+        self.traced(model, stage, seconds)
 
     def batch(self, model: str, size: int) -> None:
         """A batch of so many images has gone to the engine."""
@@ -169,9 +174,12 @@ class Telemetry(NullTelemetry):
         gauge("thoraxrt_build_info", "1; the server's version.", ("version",)).labels(__version__).set(1)
         ProcessCollector(registry=self.registry)  # CPU time, resident memory, descriptors, start time
 
-    def stage(self, model: str, stage: str, seconds: float, ended: float | None = None) -> None:
+    def stage(self, model: str, stage: str, seconds: float) -> None:
         """See NullTelemetry."""
         self._stage.labels(model, stage).observe(seconds)
+
+    def traced(self, model: str, stage: str, seconds: float, ended: float | None = None) -> None:
+        """See NullTelemetry."""
         if self._tracer is None:
             return
         from opentelemetry.trace import get_current_span

@@ -111,7 +111,12 @@ def _show_info(
         facts.add_row("assumed", f"{', '.join(manifest.assumed)}: nobody said; the CheXNet recipe's")
     receipt = read_receipt(bundle)
     passed = ", ".join(" ".join(each) for each in sorted(receipt.candidates)) if receipt else ""
-    facts.add_row("parity", f"passed on {receipt.date}: {passed or 'nothing'}" if receipt else "no receipt")
+    facts.add_row(
+        "parity",
+        f"{receipt.images} images, margin {receipt.margin:g}, {receipt.date}; passed: {passed or 'nothing'}"
+        if receipt
+        else "no receipt",
+    )
     facts.add_row("recommended", str(manifest.recommended or "none: fp32 on the first backend that can"))
     facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()))
     console.print(facts)
