@@ -94,7 +94,7 @@ def _serving(data: bytes) -> Rows:
     refused = row["refused_p99_ms"]
     yield (
         f"images/s in process, and served; the share, of the best of {'/'.join(row['served_per_s'])} at a time",
-        f"{row['in_process_per_s']:.1f}, {max(row['served_per_s'].values()):.1f}; {row['ratio']:.0%}",
+        f"{row['in_process_per_s']:.1f}, {max(row['served_per_s'].values()):.1f}; {100 * row['ratio']:.0f} %",
         "90 %",
     )
     yield (
@@ -114,11 +114,11 @@ def _serving(data: bytes) -> Rows:
     )
     yield (
         "at 300 % of capacity: answered in time, of capacity, by round",
-        " / ".join(f"{part:.0%}" for part in row["goodputs"]),
+        " / ".join(f"{100 * part:.0f}" for part in row["goodputs"]) + " %",
         "90 %",
     )
     yield "at 300 %: refused within, 99th percentile, ms", "none" if refused is None else f"{refused:.0f}", "20"
-    yield "at 300 %: memory grown", f"{row['growth_bytes'] / row['memory_bytes']:.1%}", "flat"
+    yield "at 300 %: memory grown", f"{100 * row['growth_bytes'] / row['memory_bytes']:.1f} %", "flat"
 
 
 def _serving_peers(data: bytes) -> Rows:
