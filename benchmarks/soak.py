@@ -381,6 +381,8 @@ class _Traffic:
 
     async def _administer(self, stub: Any) -> None:
         """Unload the spare model, which then answers nobody, and load it, which then answers; one client at a time."""
+        if self._administering.locked():
+            return  # to wait for it would count as a call that hangs
         metadata, sent = self._metadata(role="admin"), self._some()
         async with self._administering, self._channel() as channel:
             calls = _oip(channel)
