@@ -59,6 +59,7 @@ from thoraxrt.export import Track, no_progress
 from thoraxrt.server.models import EngineOptions
 
 __all__ = [
+    "IMAGES",
     "BenchOptions",
     "BenchResult",
     "Curve",
@@ -78,7 +79,9 @@ __all__ = [
 _STAGES: Final = ("decode", "copy", "geometry", "network", "boxes", "back", "findings")
 """Of the engine's spans, those that follow one another; on a GPU others wait for these."""
 
-_IMAGES: Final = 64  # all of them decoded lie in memory
+IMAGES: Final = 64
+"""Images that are measured with, at most: all of them decoded lie in memory."""
+
 _LEAST: Final = 8  # images of a mean
 _MEDIAN_OF: Final = 6  # rounds of the batch curve at least: fewer give a median no interval
 _P99_TAKES: Final = 368  # spans: of fewer it would be their maximum, see Latencies.at
@@ -239,7 +242,7 @@ def bench(
     loadgen_version = _loadgen_version()
     here = environment()
     opened = Bundle.open(bundle)
-    files = [read_image(path) for path in images[:_IMAGES]]
+    files = [read_image(path) for path in images[:IMAGES]]
     if not files:
         raise RequestError("no images; expected one or more encoded radiographs")
     engine = Engine.open(opened, backend=backend, precision=precision, device=device, batch=options.batch)

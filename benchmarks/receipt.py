@@ -65,10 +65,11 @@ class Data(_Strict, frozen=True, kw_only=True):
     """The images of the comparison: all that the reference answered; a candidate is compared on those that it answered too.
 
     `folder` is the data set folder's name; `limit` and `sample` are how many images were asked for, the first ones or
-    of patients drawn at random (seed 0). `absent` images of the split were not at hand, `unreadable` ones nobody could
-    answer, by name. `sha256` is that of lines of image name, a space and the file's sha256, sorted, each ended by a
-    newline; of files of predictions, that of lines of their names and sha256. `annotated` are the findings that have labels there, `unannotated` those
-    that the model answers and the data set does not label: for them there is agreement with the reference only.
+    of patients drawn at random (seed 0). `absent` images of the split were not at hand, `unreadable` ones nobody
+    could answer, by name. `sha256` is that of lines of image name, a space and the file's sha256, sorted, each ended
+    by a newline; of files of predictions, that of lines of their names and sha256. `annotated` are the findings that
+    have labels there, `unannotated` those that the model answers and the data set does not label: for them there is
+    agreement with the reference only.
     """
 
     folder: str

@@ -126,8 +126,8 @@ def open_loop(server: Served, load: Load, files: Sequence[bytes], seconds: float
     machine got slower does not decide them, and `steady_p50s` and so on hold every round's. `queue_p99` is of a queue
     that takes 1 / capacity for each of the same arrivals, and nothing besides.
 
-    `growth_bytes` is how much more memory the server took at most in the last third of
-    an overload than in the second.
+    `growth_bytes` is how much more memory the server took at most in the last third of an overload than in the
+    second.
     """
     target, requests = Target(server.address, PREDICT), [predict_request(data) for data in files]
 

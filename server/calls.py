@@ -25,14 +25,14 @@ from thoraxrt.server.status import Status, fault, status_from_error
 from thoraxrt.server.telemetry import NullTelemetry
 from thoraxrt.server.wire import MAX_MESSAGE_BYTES
 
-__all__ = ["Calls", "answering", "deadline_of", "status_from_exception", "streaming", "whole"]
+__all__ = ["Calls", "answering", "deadline_of", "messages_at_once", "status_from_exception", "streaming", "whole"]
 
 _IMAGES: Final = frozenset({"/inference.GRPCInferenceService/ModelInfer"})
 """Unary methods whose message brings images."""
 
 _READ_BYTES: Final = 1024 * 1024 * 1024
-"""What the unary messages that are being received may take: of those methods, and as much of the others, so that probes
-are answered while images are received. Streams are their services' to bound."""
+"""What messages may take while they are being received: those of unary methods that bring images, those of the other unary
+methods, so that probes are answered meanwhile, and those of a service that reads its own, each so much."""
 
 _MESSAGE_S: Final = 60.0
 """How long a unary call's message may take to arrive, whatever the call's own deadline."""
@@ -78,7 +78,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def __init__(self, telemetry: NullTelemetry, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
         self._telemetry = telemetry
-        messages = max(_READ_BYTES // (2 * max_message_bytes), 1)  # gRPC holds one twice while it hands it over
+        messages = messages_at_once(max_message_bytes)
         self._images = _Room(messages, _MESSAGE_S, max_message_bytes)
         self._others = _Room(messages, _SMALL_S, _SMALL_BYTES)
 
@@ -116,6 +116,11 @@ class Calls(grpc.aio.ServerInterceptor):
                     self._telemetry.answered(method, code.name, time.perf_counter() - began)
 
         return streaming(handler, answered)
+
+
+def messages_at_once(max_message_bytes: int) -> int:
+    """How many messages of at most so many bytes may be received at a time."""
+    return max(_READ_BYTES // (2 * max_message_bytes), 1)  # gRPC holds one twice while it hands it over
 
 
 class _Room:

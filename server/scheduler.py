@@ -70,7 +70,8 @@ class Scheduler:
     """Answers one model's images in the order and the batches that `BatchingOptions` ask for.
 
     Engine and decoder stay their owner's, and are to be closed after the scheduler. `model` names it in `telemetry`;
-    `queued` counts each model's images in the server, and is one for all who may report the same model. All methods are for one event loop's thread, and none of them is slow there.
+    `queued` counts each model's images in the server, and is one for all who may report the same model. All methods are
+    for one event loop's thread, and none of them is slow there.
 
     Example:
         scheduler = Scheduler(engine, engine.decoder, BatchingOptions(), telemetry, model="chexnet")

@@ -30,7 +30,7 @@ from thoraxrt.engine.preprocess import PreprocessSpec
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import Priority, RefusedError, Ticket
-from thoraxrt.server.calls import deadline_of, status_from_exception, whole
+from thoraxrt.server.calls import deadline_of, messages_at_once, status_from_exception, whole
 from thoraxrt.server.models import Loaded
 from thoraxrt.server.principal import ANONYMOUS, current_principal
 from thoraxrt.server.status import Status
@@ -69,10 +69,6 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["PredictionService"].full_name
 STUDY_IMAGES: Final = 16
 STREAM_IMAGES: Final = 32
 """Images of one study, and of one stream in flight, at most; part of the wire contract."""
-
-_READ_BYTES: Final = 1024 * 1024 * 1024
-"""What the bodies of this service's unary calls may take while they are being received, half of it one client's: a slow
-line must not keep the others waiting."""
 
 _STREAMS: Final = 32
 _CLIENT_STREAMS: Final = 8
@@ -263,9 +259,9 @@ class PredictionService:
         self._streams = streams
         self._audit = audit
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="drawing")
-        bodies = max(_READ_BYTES // (2 * max_message_bytes), 2)  # gRPC holds a body twice while it hands it over
+        bodies = max(messages_at_once(max_message_bytes), 2)
         self._bodies = asyncio.Semaphore(bodies)
-        self._client_bodies = bodies // 2
+        self._client_bodies = bodies // 2  # a slow line must not keep the others waiting
         self._bodies_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     def add_to(self, server: grpc.aio.Server) -> None:

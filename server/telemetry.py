@@ -123,7 +123,7 @@ class NullTelemetry:
         """Ask `read` at every scrape, in the scrape's thread; a BackendError from it leaves the GPUs out."""
 
     def span(self, method: str, metadata: Iterable[tuple[str, str | bytes]] = ()) -> AbstractContextManager[None]:
-        """A trace's span around a call; `stage` and `answered` in the block tell it what there is to tell.
+        """A trace's span around a call; `traced` and `answered` in the block tell it what there is to tell.
 
         Of the `metadata` the W3C `traceparent` and `tracestate` are read, and the client's span becomes the parent.
         """
@@ -263,12 +263,9 @@ class Telemetry(NullTelemetry):
 
         carrier = {key: value for key, value in metadata if key in ("traceparent", "tracestate")}
         client = TraceContextTextMapPropagator().extract(carrier)
-        kind, said = (
-            SpanKind.SERVER,
-            {"method": method},
-        )  # of an exception nothing: it may quote the image or the patient
+        said = {"method": method}  # of an exception nothing: it may quote the image or the patient
         with tracer.start_as_current_span(
-            method, client, kind, said, record_exception=False, set_status_on_exception=False
+            method, client, SpanKind.SERVER, said, record_exception=False, set_status_on_exception=False
         ):
             yield
 

@@ -20,7 +20,7 @@ from thoraxrt import __version__
 from thoraxrt.engine.errors import ImageFormatError, RequestError
 from thoraxrt.engine.overlay import render_overlay
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
-from thoraxrt.server import service
+from thoraxrt.server import calls
 from thoraxrt.server.client import Client, Reply
 from thoraxrt.server.serve import running_server
 from thoraxrt.server.wire import model_from_bundle
@@ -163,7 +163,7 @@ PREDICT = "/thoraxrt.v1.PredictionService/Predict"
 
 
 def test_bodies_come_in_by_turns(engine, radiograph, monkeypatch, told):
-    monkeypatch.setattr(service, "_READ_BYTES", 1)  # room for one of a client's
+    monkeypatch.setattr(calls, "_READ_BYTES", 1)  # room for one of a client's
     request, ended = pb.PredictRequest(image=radiograph(0)).SerializeToString(), threading.Event()
     with running_server(engine, telemetry=told) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         first = channel.stream_unary(PREDICT).future(iter(ended.wait, True), timeout=30)  # its body does not come

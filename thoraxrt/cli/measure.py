@@ -382,11 +382,12 @@ def bench_against(
     from rich.console import Console
 
     from thoraxrt.benchmarks.against import against
+    from thoraxrt.benchmarks.bench import IMAGES
     from thoraxrt.benchmarks.rounds import change_table
     from thoraxrt.engine.engine import read_image
     from thoraxrt.server.models import EngineOptions
 
-    files = [read_image(Path(image)) for image in image_arguments(images)[:64]]  # as many as `bench` takes
+    files = [read_image(Path(image)) for image in image_arguments(images)[:IMAGES]]
     ran = EngineOptions(backend=backend, precision=precision, device=device)
     changes = against(bundle, files, ran, other, batch=batch, margin=margin, track=track)
     Console().print(change_table(changes, f"from {other.name} to this; slower or faster: beyond {margin:.0%}"))
