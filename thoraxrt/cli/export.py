@@ -325,7 +325,8 @@ def recommend(
     ] = None,
     require_signature: RequireSignature = None,
 ) -> None:
-    """Write into a bundle what it runs on by default: the fastest backend and precision that passed parity.
+    """Write into a bundle what it runs on by default: the fastest backend and precision that its parity
+    receipt lets run, see `serve --require-parity`.
 
     Measure on the machine that is to serve. Without this, FP32 runs on the first backend that can.
 

@@ -117,7 +117,11 @@ def _show_info(
         if receipt
         else "no receipt",
     )
-    facts.add_row("recommended", str(manifest.recommended or "none: fp32 on the first backend that can"))
+    default = manifest.recommended
+    facts.add_row(
+        "recommended",
+        f"{default.backend} {default.precision}" if default else "none: fp32 on the first backend that can",
+    )
     facts.add_row("made by", ", ".join(f"{name} {version}" for name, version in manifest.producer.items()))
     console.print(facts)
 
