@@ -509,6 +509,7 @@ def _work(memory_fd: int, order: _Order) -> None:
 def _import_all() -> None:
     """Import what decoding imports when it first needs it: later, no file can be opened."""
     import imagecodecs
+    import kornia_rs  # noqa: F401
 
     import thoraxrt.engine.dicom  # noqa: F401
 
@@ -519,7 +520,7 @@ def _import_all() -> None:
 def _reply(number: int, data: bytes, order: _Order, memory: mmap.mmap) -> _Reply:
     """Decode a file into the shared memory."""
     try:
-        radiograph = decode(data, order.limits, keep_stored=order.keep_stored)
+        radiograph = decode(data, order.limits, keep_stored=order.keep_stored, alone=True)
         memory.seek(0)
         memory.write(radiograph.values.data)
         if radiograph.table is not None:
