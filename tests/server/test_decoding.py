@@ -302,7 +302,7 @@ def test_a_worker_killed_idle_costs_nothing(others: set[int]) -> None:
 
 
 def test_all_workers_killed_idle_cost_nothing(others: set[int]) -> None:
-    slow = file_from(np.zeros((4000, 4000), np.uint8))
+    slow = file_from(np.zeros((4000, 4000), np.uint8), mode="P")
     with ProcessDecoder(2) as decoder:
         decoding = [decoder.submit(slow) for _ in range(8)]
         until(lambda: sum(future.running() for future in decoding) == 2)  # so both workers are ready
