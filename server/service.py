@@ -193,8 +193,8 @@ class Streams:
     async def opened(self, client: str) -> AsyncIterator[asyncio.TaskGroup]:
         """A client's stream while the block reads it; then the tasks that answer it are waited for.
 
-        Raises OverloadedError where there are too many, what the block or a task raises, and ServerError once the
-        server stops.
+        Raises OverloadedError where there are too many, what a task raises, what the block raises once the tasks have
+        ended, and ServerError once the server stops.
         """
         for whose, count, most in (
             ("", self._open.total(), _STREAMS),
@@ -206,13 +206,19 @@ class Streams:
                     f"{most} streams{whose} are open, as many as may be; try again", retry_after_s=1.0
                 )
         self._open[client] += 1
+        unread: Exception | None = None
         try:
             async with asyncio.TaskGroup() as answering:
-                yield answering
+                try:
+                    yield answering
+                except Exception as error:  # the group would cancel what has been taken
+                    unread = error
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         finally:
             self._open -= Counter([client])
+        if unread:
+            raise unread
         if self._stopping:
             raise ServerError("the server is stopping, and reads no further image; send the others again, elsewhere")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from thoraxrt.engine.errors import ImageFormatError, RequestError
+from thoraxrt.engine.errors import ImageFormatError, ModelNotFoundError, RequestError
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
 from thoraxrt.server import service
@@ -376,6 +376,32 @@ def test_a_stop_answers_what_a_stream_has_and_takes_no_more(gated_engine, gate, 
         assert "send the others again" in details
         assert stopped.wait(10)
         stopping.join()
+
+
+def test_a_model_that_goes_takes_no_image_along_that_a_stream_has_given(gated_engine, gate, radiograph, told):
+    class Going(OneModel):
+        gone = False
+
+        @contextmanager
+        def lease(self, name: str | None = None, version: int | None = None) -> Iterator[Loaded]:
+            if self.gone:
+                told.refused("", "gone")
+                raise ModelNotFoundError("it has been unloaded")
+            with super().lease(name, version) as loaded:
+                yield loaded
+
+    model, sent = Going(gated_engine), Sent()
+    with running_server(model) as port, stub_of(port) as stub:
+        gate.shut()
+        call = stub.PredictStream(iter(sent), timeout=20)
+        sent.give(pb.PredictStreamRequest(id="held", image=radiograph(0)))
+        assert gate.entered.acquire(timeout=20)
+        model.gone = True
+        sent.give(pb.PredictStreamRequest(id="late", image=radiograph(1)), None)
+        told.wait_for("refused", "gone")
+        gate.open()
+        assert next(call).answer.response.prediction.width == 97
+        assert ended(call)[0] is grpc.StatusCode.NOT_FOUND
 
 
 # Studies
