@@ -2,7 +2,7 @@
 
     $THORAXRT_CACHE              else $XDG_CACHE_HOME/thoraxrt, else ~/.cache/thoraxrt
     ├── machine.key              this machine's key, see `thoraxrt.engine.trust`
-    └── plans/<manifest sha256>/<runtime>-<version>-<targets>-<precision>-<key>/
+    └── plans/<onnx sha256>/<runtime>-<version>-<targets>-<precision>-<key>/
         ├── engine.plan
         ├── timing.cache         tensorrt only
         ├── plan.json            `PlanRecord`: the whole key, and the hash of both files above
@@ -79,13 +79,12 @@ _DEAD_AFTER: Final = 3600.0  # seconds; writing a plan takes a few
 
 
 class PlanKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that decides what a plan is.
+    """Everything that decides what a plan is: of its bundle the graph alone, so that it outlives a new manifest.
 
     `platform` as "linux-x86_64"; `device` the GPU's name where the plan is tuned for one model, else
     None; `options.targets` is never empty.
     """
 
-    manifest_sha256: str
     onnx_sha256: str
     precision: str
     runtime: str
@@ -100,7 +99,7 @@ class PlanKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         digest = hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:12]
         targets = "+".join(self.options.targets)
         name = f"{self.runtime}-{self.runtime_version}-{targets}-{self.precision}-{digest}"
-        return Path("plans", self.manifest_sha256, name)
+        return Path("plans", self.onnx_sha256, name)
 
 
 class PlanRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -199,7 +198,6 @@ def plan_key(bundle: Bundle, precision: str, options: PlanOptions, device: int =
     name = bundle.graph_name(precision)
     bundle.read(name)
     return PlanKey(
-        manifest_sha256=bundle.sha256,
         onnx_sha256=bundle.manifest.files[name].sha256,
         precision=precision,
         runtime=flavour.name,
@@ -381,18 +379,21 @@ class PlanCache:
         raise PlanError(f"{folder}: {'; '.join(refusals) or f'neither {_TAG} nor {_SIGNATURE} is there'}")
 
     def folders(self, bundle: Bundle) -> list[Path]:
-        """The folders that hold plans of a bundle, sound or not, by name.
+        """The folders that hold plans of a bundle's graphs, sound or not, by name.
 
         Where they cannot be listed, the one that they would be in: `read` refuses it with the reason.
         """
-        made_of_it = Path("plans", bundle.sha256)
-        try:
-            made_of_it = self.root / made_of_it
-            return sorted(path for path in made_of_it.iterdir() if path.name[0] != "." and path.is_dir())
-        except FileNotFoundError:
-            return []
-        except (OSError, PlanError):
-            return [made_of_it]
+        found: list[Path] = []
+        for graph in sorted({entry.sha256 for entry in bundle.manifest.files.values()}):
+            made_of_it = Path("plans", graph)
+            try:
+                made_of_it = self.root / made_of_it
+                found += sorted(path for path in made_of_it.iterdir() if path.name[0] != "." and path.is_dir())
+            except FileNotFoundError:
+                continue
+            except (OSError, PlanError):
+                return [*found, made_of_it]
+        return found
 
     def timings(self, key: PlanKey) -> bytes:
         """The largest timing cache of the same runtime, version and GPU, of any network; empty where there is none."""

@@ -38,7 +38,7 @@ def triton_from_bundle(
     NAME is the bundle folder's, without its suffix; the folder may be renamed. It holds the graph of
     `precision` (else what the manifest recommends, else FP32) for batches of up to `batch` images (32), or the
     TensorRT plan, which has its own precision and batch sizes. Raises BundleError where the folder exists
-    (unless it is such a folder and `replace` is set), where the bundle is damaged or the plan another's;
+    (unless it is such a folder and `replace` is set), where the bundle is damaged or the plan of another graph;
     RequestError where the options make no sense together.
 
     Schema: https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
@@ -71,9 +71,9 @@ def triton_from_bundle(
 def _refuse(plan: CachedPlan, bundle: Bundle) -> None:
     """Raise for a plan that Triton could not load, or of another bundle."""
     key = plan.record.key
-    if key.manifest_sha256 != bundle.sha256:
+    if key.onnx_sha256 not in {entry.sha256 for entry in bundle.manifest.files.values()}:
         raise BundleError(
-            f"{plan.folder} was compiled from another bundle; `thoraxrt compile {bundle.path}` makes its own"
+            f"{plan.folder} was compiled from a graph that {bundle.path} does not hold; `thoraxrt compile {bundle.path}` makes its own"
         )
     if key.runtime != "tensorrt":
         raise RequestError(

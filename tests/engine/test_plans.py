@@ -56,7 +56,6 @@ from thoraxrt.engine.trust import machine_tag, sign
 
 SM86 = PlanOptions(buckets=(1,), targets=("sm86",))
 KEY = PlanKey(
-    manifest_sha256="a" * 64,
     onnx_sha256="b" * 64,
     precision="fp16",
     runtime="tensorrt",
@@ -119,13 +118,26 @@ def test_a_plan_is_compiled_once_and_holds_its_whole_key(filled: Filled, sample_
     again = only(compile_plans(sample_bundle, ["fp16"], SM86, filled.cache))
     assert again == (filled.plan, None, None)
     folder = filled.plan.folder
-    assert folder.parent == filled.cache.root / "plans" / sample_bundle.sha256
+    assert folder.parent == filled.cache.root / "plans" / sample_bundle.manifest.files["model.fp16.onnx"].sha256
     assert folder.name.startswith(f"tensorrt_rtx-{installed_flavour().version}-sm86-fp16-")
     key = filled.plan.record.key
     assert key.onnx_sha256 == sample_bundle.manifest.files["model.fp16.onnx"].sha256
     assert key.options == SM86
     assert filled.plan.record.layers.convolutions["fp16"] > 30
     assert filled.cache.folders(sample_bundle) == [folder]
+
+
+def test_a_new_manifest_over_the_same_graphs_keeps_their_plans(
+    filled: Filled, sample_bundle: Bundle, tmp_path: Path
+) -> None:
+    path = shutil.copytree(sample_bundle.path, tmp_path / "recommending.bundle") / "manifest.json"
+    manifest = json.loads(path.read_bytes()) | {"recommended": {"backend": "tensorrt", "precision": "fp16"}}
+    path.unlink()
+    path.write_text(json.dumps(manifest))
+    recommending = Bundle.open(path.parent)
+    assert recommending.sha256 != sample_bundle.sha256
+    assert filled.cache.folders(recommending) == [filled.plan.folder]
+    assert only(compile_plans(recommending, ["fp16"], SM86, filled.cache)) == (filled.plan, None, None)
 
 
 options = st.builds(
@@ -233,10 +245,10 @@ def test_a_fuzzed_record_is_refused_even_where_this_machine_vouches_for_it(
         compiled.write(compiled.files)
 
 
-def test_a_plan_moved_to_another_key_or_bundle_is_refused(filled: Filled) -> None:
+def test_a_plan_moved_to_another_key_is_refused(filled: Filled) -> None:
     key = filled.plan.record.key
     for other in (
-        msgspec.structs.replace(key, manifest_sha256="c" * 64),
+        msgspec.structs.replace(key, onnx_sha256="c" * 64),
         msgspec.structs.replace(key, options=PlanOptions(buckets=(8,), targets=("sm86",))),
     ):
         shutil.copytree(filled.plan.folder, filled.cache.root / other.folder)
@@ -257,7 +269,7 @@ def test_another_machines_plan_is_compiled_again(filled: Filled, sample_bundle: 
 @pytest.fixture
 def theirs(sample_bundle: Bundle, tmp_path: Path) -> CachedPlan:
     """What a stranger sends: a cache with any bytes as a plan that Triton could run, and the key that vouches for it."""
-    key = msgspec.structs.replace(KEY, manifest_sha256=sample_bundle.sha256)
+    key = msgspec.structs.replace(KEY, onnx_sha256=sample_bundle.manifest.files["model.fp16.onnx"].sha256)
     return PlanCache(tmp_path / "theirs").store(key, Plan(b"theirs", None, LayerTypes(convolutions={}, layers={})))
 
 
@@ -379,7 +391,7 @@ def test_timings_are_kept_and_start_the_next_build_of_the_same_gpu(own_cache: Pl
     layers = LayerTypes(convolutions={}, layers={})
     assert cache.timings(KEY) == b""
     cache.store(KEY, Plan(b"plan", b"short", layers))
-    other = msgspec.structs.replace(KEY, precision="int8", manifest_sha256="d" * 64)
+    other = msgspec.structs.replace(KEY, precision="int8", onnx_sha256="d" * 64)
     kept = cache.store(other, Plan(b"other plan", b"longer timings", layers))
     assert cache.timings(KEY) == b"longer timings"
     assert cache.timings(msgspec.structs.replace(KEY, device="NVIDIA L4")) == b""
@@ -412,7 +424,8 @@ def test_a_cache_that_cannot_be_written_is_found_before_a_plan_is_built(sample_b
     bundle = spoilt(sample_bundle, tmp_path / "spoilt.bundle")
     with pytest.raises(BackendError):  # what building it says
         only(compile_plans(bundle, ["fp16"], SM86, PlanCache(tmp_path / "cache")))
-    assert [path.name for path in (tmp_path / "cache" / "plans" / bundle.sha256).iterdir()] == []
+    (folder,) = (tmp_path / "cache" / "plans").iterdir()
+    assert (folder.name, list(folder.iterdir())) == (bundle.manifest.files["model.fp16.onnx"].sha256, [])
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
         SignatureError, match=r"machine\.key cannot be made: .*; name another place with THORAXRT_CACHE$"
@@ -510,7 +523,7 @@ def test_without_a_home_folder_the_commands_name_the_remedy(
 def test_a_cache_that_may_not_be_read_is_named_with_the_remedy_and_the_rest_is_shown(
     level: int, sample_bundle: Bundle, theirs: CachedPlan, tmp_path: Path
 ) -> None:
-    locked = theirs.folder.parents[level]  # the bundle's folder, plans, the cache itself
+    locked = theirs.folder.parents[level]  # the graph's folder, plans, the cache itself
     locked.chmod(0o000)
     try:
         said = reasons(sample_bundle, tmp_path / "theirs")

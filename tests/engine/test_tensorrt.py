@@ -131,8 +131,7 @@ class Bench:
         changed = {name: changes.pop(name) for name in [*changes] if name in PlanOptions.__struct_fields__}
         layers = LayerTypes(convolutions=changes.pop("convolutions", {precision: 3}), layers={})
         key = PlanKey(
-            manifest_sha256=self.bundle.sha256,
-            onnx_sha256="b" * 64,
+            onnx_sha256=self.bundle.manifest.files[Bundle.graph_name(precision)].sha256,
             precision=precision,
             runtime=self.flavour.name,
             runtime_version=self.flavour.version,

@@ -98,7 +98,6 @@ def trt(
     monkeypatch.setattr(plans, "installed_flavour", lambda: Flavour(made, request.param, "10.3.0"))
     device = plans.current_device()
     key = PlanKey(
-        manifest_sha256=bundle.sha256,
         onnx_sha256=hashlib.sha256(bundle.read("model.fp32.onnx")).hexdigest(),
         precision="fp32",
         runtime=request.param,
