@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from thoraxrt.cli.predict import _overlay_paths
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.engine import Engine
 from thoraxrt.export.phantoms import phantom
@@ -132,6 +133,36 @@ def test_a_place_that_cannot_be_written_is_one_line_and_status_2(
     result = thoraxrt("predict", sample_bundle.path, images[0], "--overlay", tmp_path / "file", status=2)
     (line,) = result.stderr.splitlines()
     assert "File exists" in line
+
+
+def test_no_two_images_share_an_overlay() -> None:
+    images = [f"{folder}/{name}.png" for folder in "xy" for name in ("a", "a-2", "b", "a-2-2")]
+    paths = list(_overlay_paths(Path("out"), [*images, "a-3.png", "z/a.png"]))
+    assert len(set(paths)) == len(paths) == 10
+    assert [path.name for path in paths if path][:2] == ["a.overlay.png", "a-2.overlay.png"]
+
+
+def test_answers_that_are_kept_are_of_one_model(sample_bundle: Bundle, images: list[Path], tmp_path: Path) -> None:
+    other = shutil.copytree(sample_bundle.path, tmp_path / "other.bundle")
+    manifest = other / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_text(manifest.read_text() + "\n")
+    kept, printed = tmp_path / "answers.jsonl", tmp_path / "printed.jsonl"
+    said = thoraxrt("predict", sample_bundle.path, images[0], "--out", kept, "--json")
+    printed.write_text(said.stdout)
+    (line,) = kept.read_text().splitlines()
+    answer = json.loads(line)
+    assert answer.pop("manifest_sha256") == sample_bundle.sha256
+    assert answer == json.loads(said.stdout)
+    refused = thoraxrt("predict", other, *images, "--out", kept, status=2)
+    assert f"answers of the model with the manifest_sha256 {sample_bundle.sha256[:12]}..." in refused.stderr
+    assert kept.read_text() == f"{line}\n"
+    thoraxrt("predict", sample_bundle.path, *images, "--out", kept)
+    assert kept.read_text().startswith(f"{line}\n")
+    assert kept.read_text().count("\n") == 2
+    refused = thoraxrt("predict", sample_bundle.path, *images, "--out", printed, status=2)
+    assert "line 1: expected an answer that --out has kept; name a new file" in refused.stderr
+    assert printed.read_text() == said.stdout
 
 
 def test_info_says_what_is_there_and_what_runs(sample_bundle: Bundle) -> None:

@@ -528,6 +528,7 @@ def test_a_command_that_is_killed_goes_on_where_it_stopped(address, engine, radi
     paths[3].write_bytes(radiograph(3))
     answers = again(0)
     assert sorted(answer.pop("image") for answer in answers) == list(map(str, paths))
+    assert {answer.pop("manifest_sha256") for answer in answers} == {engine.bundle.sha256}
     local = [engine.predict_one(path).to_dict() for path in (*paths[:3], *paths[4:], paths[3])]
     assert answers == json.loads(json.dumps(local))
     whole = out.read_bytes()

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from thoraxrt.engine.engine import Prediction
     from thoraxrt.engine.profile import Profile
 
+    _Answer = tuple[Prediction | ThoraxrtError, str]
+    """What is said of one image, and the manifest_sha256 of the model that says it; empty for an error."""
+
 _LINE: Final = b'{"image": '
 _NAME_CELLS: Final = 40
 _Asked = list[tuple[str, Path | None]]
@@ -65,7 +68,8 @@ def predict(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Append --json's lines to FILE as the answers come; what has one there is not asked again.",
+            help="Keep answers in FILE as they come, as lines of JSON that name the model too; what has one there is not "
+            "asked again.",
         ),
     ] = None,
     overlay: Annotated[
@@ -86,7 +90,8 @@ def predict(
 
     An image that fails is reported and the others go on; the exit status is then 1. Where the connection to a server is
     lost, it goes on with what has no answer yet once the server is back within 30 seconds. After a longer absence, or
-    where it was ended itself, the same command with --out goes on where it stopped.
+    where it was ended itself, the same command with --out goes on where it stopped; where another model answers by
+    then, it refuses: one file is of one model.
 
     [bold]thoraxrt predict chexnet.bundle images/*.png --overlay pictures[/]
 
@@ -128,16 +133,15 @@ def predict(
             )
         )
         rows = _Rows([image for image, _ in asked])
-        for (image, _), answer in zip(asked, track(answers, "Predicting", len(asked)), strict=True):
+        for (image, _), (answer, model_sha256) in zip(asked, track(answers, "Predicting", len(asked)), strict=True):
             said = {"error": str(answer)} if isinstance(answer, ThoraxrtError) else answer.to_dict()
-            line = json.dumps({"image": image, **said})
             failed += "error" in said
             if answered and "error" not in said:
-                answered.add(image, line)
+                answered.add(image, model_sha256, said)
             elif answered and not as_json:
                 print(f"{image}: {said['error']}", file=sys.stderr)
             if as_json:
-                print(line, flush=True)
+                print(json.dumps({"image": image, **said}), flush=True)
             elif not answered:
                 rows.show(image, answer)
     if not as_json and not answered:
@@ -160,21 +164,24 @@ def _show_profile(profile: Profile, images: int) -> None:
     Console(stderr=True).print(table)
 
 
-def _ask_engine(bundle: Bundle, asked: _Asked, **options: Any) -> Iterator[Prediction | ThoraxrtError]:
+def _ask_engine(bundle: Bundle, asked: _Asked, **options: Any) -> Iterator[_Answer]:
     from thoraxrt.engine.engine import Engine
     from thoraxrt.engine.overlay import render_overlay
 
     with Engine.open(bundle, **options) as engine:
         answers = engine.predict((Path(image) for image, _ in asked), cam=_any_overlay(asked))
         for (_, path), answer in zip(asked, answers, strict=True):
-            if path and not isinstance(answer, ThoraxrtError):
+            if isinstance(answer, ThoraxrtError):
+                yield answer, ""
+                continue
+            if path:
                 render_overlay(answer, engine.manifest.preprocess).save(path)
-            yield answer
+            yield answer, bundle.sha256
 
 
 def _ask_server(
     address: str, asked: _Asked, model: str | None, stat: bool, connection: Connection
-) -> Iterator[Prediction | ThoraxrtError]:
+) -> Iterator[_Answer]:
     from thoraxrt.server.client import Priority
 
     priority = Priority.STAT if stat else Priority.ROUTINE
@@ -182,20 +189,23 @@ def _ask_server(
         replies = client.predict_many((Path(image) for image, _ in asked), overlay=_any_overlay(asked))
         for (_, path), reply in zip(asked, replies, strict=True):
             if isinstance(reply, ThoraxrtError):
-                yield reply
+                yield reply, ""
                 continue
             if path and reply.overlay_png is not None:
                 path.write_bytes(reply.overlay_png)
-            yield reply.prediction
+            yield reply.prediction, reply.manifest_sha256
 
 
 def _overlay_paths(folder: Path | None, images: list[str]) -> Iterator[Path | None]:
-    """Where each image's overlay goes, if anywhere; images of one name in several folders are numbered."""
+    """Where each image's overlay goes, if anywhere; a name that is taken is numbered, until it is not."""
     seen: Counter[str] = Counter()
     for stem in (Path(image).stem for image in images):
-        seen[stem] += 1
-        again = f"-{seen[stem]}" if seen[stem] > 1 else ""
-        yield folder / f"{stem}{again}.overlay.png" if folder else None
+        name = stem
+        while seen[name]:
+            seen[stem] += 1
+            name = f"{stem}-{seen[stem]}"
+        seen[name] += 1
+        yield folder / f"{name}.overlay.png" if folder else None
 
 
 def _any_overlay(asked: _Asked) -> bool:
@@ -203,36 +213,49 @@ def _any_overlay(asked: _Asked) -> bool:
 
 
 class _Answered:
-    """A file with a line for each image that has its answer, and nothing else: `images` are those.
+    """A file with a line for each image that has its answer, all of one model, and nothing else: `images` are those.
 
-    Raises RequestError where it holds something else.
+    Raises RequestError where it holds something else, `--json`'s lines say, which name no model and may be errors.
     """
 
     def __init__(self, path: Path) -> None:
         self.images: set[str] = set()
-        self._file = path.open("a+b")
-        self._file.seek(0)
-        whole = 0  # bytes of lines that were written to their end
-        for number, line in enumerate(self._file, 1):
-            try:
-                if line.endswith(b"\n"):
-                    self.images.add(json.loads(line)["image"])
-                    whole += len(line)
-                elif not line.startswith(_LINE[: len(line)]):
-                    raise ValueError
-            except (ValueError, TypeError, KeyError):
-                self._file.close()
-                raise RequestError(
-                    f"{path}, line {number}: expected an answer as --json prints it; name a new file"
-                ) from None
-        self._file.truncate(whole)
+        self._path, self._model_sha256 = path, ""
+        with path.open("a+b") as file:
+            file.seek(0)
+            whole = 0  # bytes of lines that were written to their end
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.endswith(b"\n"):
+                        answer = json.loads(line)
+                        self.images.add(answer["image"])
+                        self._check_model(answer["manifest_sha256"])
+                        whole += len(line)
+                    elif not line.startswith(_LINE[: len(line)]):
+                        raise ValueError
+                except (ValueError, TypeError, KeyError):
+                    raise RequestError(
+                        f"{path}, line {number}: expected an answer that --out has kept; name a new file"
+                    ) from None
+            file.truncate(whole)
+        self._file = path.open("ab")
 
-    def add(self, image: str, line: str) -> None:
-        """Keep an answer, once."""
+    def add(self, image: str, model_sha256: str, answer: dict[str, Any]) -> None:
+        """Keep an answer, once. Raises RequestError where another model gave those that are there."""
+        self._check_model(model_sha256)
         if image not in self.images:
             self.images.add(image)
+            line = json.dumps({"image": image, "manifest_sha256": model_sha256, **answer})
             self._file.write(line.encode() + b"\n")
             self._file.flush()
+
+    def _check_model(self, sha256: str) -> None:
+        if sha256 != (self._model_sha256 or sha256):
+            raise RequestError(
+                f"{self._path} holds answers of the model with the manifest_sha256 {self._model_sha256[:12]}..., and "
+                f"this one is of {sha256[:12]}...: name a new file for that model's"
+            )
+        self._model_sha256 = sha256
 
     def __enter__(self) -> Self:
         return self
