@@ -13,19 +13,31 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import WeakValueDictionary
 
 import grpc
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
 from thoraxrt.engine.errors import DeadlineError, OverloadedError, RequestError, ThoraxrtError
+from thoraxrt.server.principal import ANONYMOUS, current_principal
 from thoraxrt.server.scheduler import FaultError
 from thoraxrt.server.status import Status, fault, status_from_error
 from thoraxrt.server.telemetry import NullTelemetry
 from thoraxrt.server.wire import MAX_MESSAGE_BYTES
 
-__all__ = ["Calls", "answering", "deadline_of", "messages_at_once", "status_from_exception", "streaming", "whole"]
+__all__ = [
+    "Bodies",
+    "Calls",
+    "answering",
+    "client_of",
+    "deadline_of",
+    "messages_at_once",
+    "status_from_exception",
+    "streaming",
+    "whole",
+]
 
 _IMAGES: Final = frozenset({"/inference.GRPCInferenceService/ModelInfer"})
 """Unary methods whose message brings images."""
@@ -49,6 +61,8 @@ _log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # generic in the stubs only
     _Handler = grpc.RpcMethodHandler[Any, Any]
+
+_Message = TypeVar("_Message")
 
 
 def status_from_exception(method: str, error: Exception) -> Status:
@@ -119,46 +133,55 @@ class Calls(grpc.aio.ServerInterceptor):
 
 
 def messages_at_once(max_message_bytes: int) -> int:
-    """How many messages of at most so many bytes may be received at a time."""
-    return max(_READ_BYTES // (2 * max_message_bytes), 1)  # gRPC holds one twice while it hands it over
+    """How many messages of at most so many bytes may be received at a time; two at least."""
+    return max(_READ_BYTES // (2 * max_message_bytes), 2)  # gRPC holds one twice while it hands it over
+
+
+class Bodies:
+    """Receives calls' messages, so many at a time, of one client half of them: a slow line keeps no others waiting."""
+
+    def __init__(self, at_once: int) -> None:
+        self._turns, self._share = asyncio.Semaphore(at_once), max(at_once // 2, 1)
+        self._turns_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    async def receive(self, requests: AsyncIterator[_Message], client: str, until: float) -> _Message | None:
+        """The next message of a client's call, None where there is no more; `until` is by `time.monotonic`.
+
+        Raises DeadlineError where it does not come, OverloadedError where those before it do not. The call must then
+        end: until it has, gRPC goes on with what it has begun to read.
+        """
+        own, reading = self._turns_of.setdefault(client, asyncio.Semaphore(self._share)), False
+        try:
+            async with asyncio.timeout_at(until), own, self._turns:
+                reading = True
+                return await anext(requests, None)
+        except TimeoutError:
+            if reading:
+                raise DeadlineError("the message did not come in time; send it with the call, or allow more") from None
+            raise OverloadedError("other messages are still coming in; try again", retry_after_s=1.0) from None
+
+
+def client_of(context: Any) -> str:
+    """Whose share a call takes: those that nobody knows are told apart by their machine."""
+    principal = current_principal.get()
+    return principal.name if principal is not ANONYMOUS else context.peer().rpartition(":")[0]  # ipv4:192.0.2.1:50000
 
 
 class _Room:
-    """Room for so many unary messages at a time, each of so many seconds and bytes at most."""
+    """Where unary messages are received, each within so many seconds and bytes."""
 
     def __init__(self, messages: int, seconds: float, size: int) -> None:
-        self._free, self._seconds, self._size = asyncio.Semaphore(messages), seconds, size
+        self._bodies, self._seconds, self._size = Bodies(messages), seconds, size
 
-    async def message(self, requests: AsyncIterator[bytes]) -> bytes:
-        """The call's message. Raises RequestError, OverloadedError, and DeadlineError where none comes."""
-        reading: asyncio.Future[bytes | None] | None = None
-        try:
-            async with asyncio.timeout(self._seconds):
-                await self._free.acquire()
-                reading = asyncio.ensure_future(_first(requests))
-                reading.add_done_callback(self._ended)
-                message = await asyncio.shield(reading)
-        except TimeoutError:
-            if reading:
-                raise DeadlineError(f"no message came for {self._seconds:g} s; send it with the call") from None
-            raise OverloadedError("others' messages are still coming in; try again", retry_after_s=1.0) from None
+    async def message(self, requests: AsyncIterator[bytes], client: str) -> bytes:
+        """The call's message. Raises RequestError, and as Bodies does."""
+        async with aclosing(aiter(requests)) as messages:  # else it keeps the message as long as the call lasts
+            message = await self._bodies.receive(messages, client, time.monotonic() + self._seconds)
         if message is None:
             raise RequestError("the call brought no message; expected one")
         if (size := len(message)) > self._size:
-            del message, reading  # else the error's traceback keeps it
+            del message  # else the error's traceback keeps it
             raise RequestError(f"the message has {size} bytes; expected at most {self._size} without images")
-        return message
-
-    def _ended(self, reading: asyncio.Future[bytes | None]) -> None:
-        """gRPC goes on with what it has begun to read until the call has ended, whoever still waits for it."""
-        self._free.release()
-        if not reading.cancelled():
-            reading.exception()  # which is nobody's where the call has ended
-
-
-async def _first(requests: Any) -> bytes | None:
-    async with aclosing(aiter(requests)) as messages:  # else it keeps the message as long as the call lasts
-        message: bytes | None = await anext(messages, None)
         return message
 
 
@@ -175,7 +198,9 @@ def answering(handler: Any) -> Callable[[Any, Any], Awaitable[Any]]:
     parse = _parser(handler)
 
     async def answered(requests: Any, context: Any) -> Any:
-        request = requests if handler.request_streaming else parse(await _room.get().message(requests))
+        request = (
+            requests if handler.request_streaming else parse(await _room.get().message(requests, client_of(context)))
+        )
         responding = answer(request, context)
         del request  # what it takes is the answer's to hold
         if not inspect.isasyncgen(responding):
