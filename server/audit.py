@@ -36,7 +36,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Lock, Thread
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Any, BinaryIO, Final, Literal, NamedTuple, Self
 
 import msgspec
 
@@ -342,6 +342,7 @@ class _Chain:
 
     def _rotate(self) -> None:
         path = self._options.path
+        self.sync()  # what `close` does as well, but for raising
         self.close()
         path.rename(f"{path}.{self._count:012d}")
         for old in _full_files(path)[: -self._options.keep]:
@@ -508,13 +509,29 @@ def _check_torn(torn: list[bytes], link: _Link, place: str) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Each line with its place; the last of a file may lack its end."""
-    for file in [*_full_files(path), path]:
-        try:
-            with file.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    yield f"{file}:{number}", line.removesuffix(b"\n")
-        except FileNotFoundError:  # killed between two files
-            continue
-        except OSError as error:
-            raise ConfigError(f"the audit log {file} cannot be read: {error.strerror}") from error
+    """Each line with its place; the last of a file may lack its end.
+
+    `path` is opened before the full files are listed, because a server at work may make it one of them meanwhile.
+    """
+    try:
+        with _opened(path) as newest:
+            for file in _full_files(path):
+                with _opened(file) as lines:
+                    if os.path.sameopenfile(lines.fileno(), newest.fileno()):
+                        break
+                    yield from _placed(file, lines)
+            yield from _placed(path, newest)
+    except OSError as error:
+        raise ConfigError(f"the audit log {error.filename or path} cannot be read: {error.strerror}") from error
+
+
+def _opened(file: Path) -> BinaryIO:
+    try:
+        return file.open("rb")
+    except FileNotFoundError:  # killed between two files, or the oldest has just been removed
+        return os.fdopen(os.memfd_create("nothing"), "rb")
+
+
+def _placed(file: Path, lines: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    for number, line in enumerate(lines, 1):
+        yield f"{file}:{number}", line.removesuffix(b"\n")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from thoraxrt.engine.boxes import Box, Peak
 from thoraxrt.engine.engine import Prediction
 from thoraxrt.engine.errors import AuditError, ConfigError, ImageFormatError
 from thoraxrt.engine.postprocess import Finding
-from thoraxrt.server.audit import AuditLog, AuditOptions, verify
+from thoraxrt.server.audit import AuditLog, AuditOptions, _Chain, _lines, verify
 from thoraxrt.server.principal import Principal, current_principal
 from thoraxrt.server.telemetry import NullTelemetry
 
@@ -138,6 +140,43 @@ def test_many_at_once_make_one_chain_through_restarts_and_rotations(path: Path, 
     assert (result.first, result.last, result.recovered, result.unfinished) == (1, 303, 0, 0)
     assert max(file.stat().st_size for file in files(path)) < 20_000 + 600
     assert verify(path, noted=result.head) == result
+
+
+def test_lines_that_a_change_of_files_cannot_sync_are_not_acknowledged(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def fail_for_files(fd: int) -> None:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(fd)
+
+    chain = _Chain(AuditOptions(path=path, max_bytes=1))
+    chain.open()
+    chain.append(b'"method":"Predict"')
+    monkeypatch.setattr(os, "fsync", fail_for_files)
+    with pytest.raises(OSError, match="Input/output error"):
+        chain.append(b'"method":"Predict"')
+    monkeypatch.undo()
+    chain.close()
+    assert verify(path).last == 1
+
+
+@pytest.mark.parametrize("changes", [1, 2])
+def test_a_log_whose_files_change_while_it_is_checked_is_whole(path: Path, changes: int) -> None:
+    with AuditLog(AuditOptions(path=path, max_bytes=1_000)) as audit:
+        record(audit, 10)
+        reading = _lines(path)
+        before = [next(reading)]
+        for _ in range(changes):
+            count = len(files(path))
+            while len(files(path)) == count:
+                record(audit)
+        before += reading
+    numbers = [json.loads(line)["n"] for _, line in before]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) >= 11
 
 
 def test_the_oldest_files_go_and_the_rest_still_verifies(path: Path) -> None:
