@@ -202,6 +202,22 @@ def test_a_triton_model(sample_bundle: Bundle, tmp_path: Path) -> None:
     assert "max_batch_size: 4" in (tmp_path / "sample" / "config.pbtxt").read_text()
 
 
+def test_a_reload_does_not_end_a_server_that_still_starts(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from thoraxrt.cli import main\n"
+        "class Reload:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'thoraxrt.server.config':\n"
+        "            os.kill(os.getpid(), signal.SIGHUP)\n"
+        "sys.meta_path.insert(0, Reload())\n"
+        "sys.argv = ['thoraxrt', 'serve', 'nowhere.bundle']\n"
+        "main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (result.returncode, "nowhere.bundle" in result.stderr) == (2, True), "it came to open the bundle"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

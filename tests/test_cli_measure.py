@@ -102,6 +102,7 @@ def test_what_parity_cannot_write_is_refused_before_anything_is_answered(
         (("--write", "--sign", tmp_path / "no.pem"), "no.pem holds no unencrypted private key"),
         (("--dicom", tmp_path), "holds no DICOM file"),
         (("--sign", tmp_path / "no.pem"), "--sign goes with it"),
+        (("--token-file", tmp_path / "token"), "of the connection to a server: add --server, or leave them out"),
     ):
         assert expected in thoraxrt(*command, *options, status=2).err
     assert not (tmp_path / "work").exists()

@@ -176,6 +176,11 @@ def parity(
     if ((key or write) and bundle is None) or (key and not write):
         raise RequestError("--write puts the receipt into a bundle, and --sign goes with it")
     cohorts = one_of("--split", split, Cohorts) if split else None
+    if not server and (token_file or tls_ca or tls_cert or tls_key):
+        raise RequestError(
+            "--token-file, --tls-ca, --tls-cert and --tls-key are of the connection to a server: add --server, or leave "
+            "them out"
+        )
     if predictions:
         others = {
             "--limit": limit, "--sample": sample, "--candidates": candidates, "--checkpoint": checkpoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,6 +75,8 @@ def serve(
 
     [bold]thoraxrt serve --config thoraxrt.toml --check[/]
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it would end what is still starting; `server.serve` listens to it
+
     from thoraxrt.server.config import load_config
 
     flags = {
