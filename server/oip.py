@@ -123,11 +123,12 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
         """See the proto."""
         with self._leased(request.name, request.version) as loaded:
             inputs, outputs = _tensors(loaded)
+            options = loaded.scheduler.options
             config = pb.ModelConfig(
                 name=loaded.name,
                 platform=_PLATFORM,
                 backend=_PLATFORM,
-                max_batch_size=loaded.scheduler.options.max_per_client,
+                max_batch_size=min(options.max_images, options.max_per_client),
                 input=[
                     pb.ModelInput(name=name, data_type=_TYPES[kind], dims=shape[1:] or (1,), optional=True)
                     for name, kind, shape in inputs
@@ -223,18 +224,28 @@ class OpenInferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer)
     async def _administered(
         self, method: str, name: str, context: _Context, change: Callable[[str], Awaitable[None]]
     ) -> None:
-        """Change what is served, and have it stand in the audit log, where there is one, by whom."""
+        """Change what is served, and have it stand in the audit log, where there is one, by whom.
+
+        How it ended stands there, also where nobody waits for it any more: a change that has begun goes on.
+        """
         if self._audit:
             self._audit.check()
-        outcome: str | None = None
-        try:
-            await change(name)
-        except Exception as error:
-            outcome = type(error).__name__
-            raise
-        finally:
-            if self._audit:
-                await self._audit.record(method, outcome, name=name[:128], peer=context.peer())
+        peer = context.peer()
+
+        async def recorded() -> None:
+            outcome: str | None = None
+            try:
+                await change(name)
+            except BaseException as error:
+                outcome = type(error).__name__
+                raise
+            finally:
+                if self._audit:
+                    await self._audit.record(method, outcome, name=name[:128], peer=peer)
+
+        changing = asyncio.create_task(recorded())
+        changing.add_done_callback(lambda task: task.cancelled() or task.exception())  # which may be nobody's by then
+        await asyncio.shield(changing)
 
     async def _infer(
         self, request: pb.ModelInferRequest, context: _Context, deadline: float | None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import hashlib
 import json
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from tests.server.conftest import Gate, Told
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.decode import ThreadDecoder, decode
 from thoraxrt.engine.engine import Engine
+from thoraxrt.engine.errors import BundleError
 from thoraxrt.engine.execute import NetworkInput
 from thoraxrt.engine.preprocess import network_input
 from thoraxrt.proto.oip import open_inference_pb2 as pb
@@ -410,12 +413,54 @@ def test_the_audit_log_says_what_was_loaded_and_unloaded(tiny_bundle: Bundle, tm
             stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="tiny"))
             with pytest.raises(grpc.RpcError):
                 stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="no"))
-    lines = [json.loads(line) for line in options.path.read_text().splitlines()]
-    assert [(line["method"], line["name"], line.get("error")) for line in lines if "method" in line] == [
+    assert _administered(options.path) == [
         ("RepositoryModelUnload", "tiny", None),
         ("RepositoryModelLoad", "tiny", None),
         ("RepositoryModelLoad", "no", "ModelNotFoundError"),
     ]
+
+
+def test_a_load_that_nobody_waits_for_is_recorded_as_it_ends(engine: Engine, told: Told, tmp_path: Path) -> None:
+    class Refusing(OneModel):
+        refuse = threading.Event()
+
+        async def load(self, name: str, version: int | None = None) -> None:
+            async def change() -> None:
+                await asyncio.to_thread(self.refuse.wait, 20)
+                raise BundleError("it is damaged")
+
+            await asyncio.shield(asyncio.create_task(change()))  # as Models has it
+
+    options, model = AuditOptions(path=tmp_path / "audit.jsonl"), Refusing(engine)
+    with AuditLog(options) as audit, running_server(model, telemetry=told, audit=audit) as port:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            load = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel).RepositoryModelLoad
+            calling = load.future(pb.RepositoryModelLoadRequest(model_name="tiny"))
+            told.wait_for("begun", "/inference.GRPCInferenceService/RepositoryModelLoad")
+            time.sleep(0.2)  # until it is being changed
+            calling.cancel()
+            told.wait_for("answered", "CANCELLED")
+        model.refuse.set()
+        until = time.monotonic() + 10
+        while not (lines := _administered(options.path)) and time.monotonic() < until:
+            time.sleep(0.02)
+    assert lines == [("RepositoryModelLoad", "tiny", "BundleError")]
+
+
+def _administered(path: Path) -> list[tuple[str, str, str | None]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(line["method"], line["name"], line.get("error")) for line in lines if "method" in line]
+
+
+def test_a_model_says_how_many_images_a_request_may_have(engine: Engine, images: list[bytes]) -> None:
+    model = OneModel(engine, batching=BatchingOptions(max_images=2))
+    with running_server(model) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        most = stub.ModelConfig(pb.ModelConfigRequest(name="default")).config.max_batch_size
+        inputs = [tensor("image_bytes", "BYTES", [most + 1])]
+        with pytest.raises(grpc.RpcError, match="expected 1 to 2"):
+            stub.ModelInfer(pb.ModelInferRequest(inputs=inputs, raw_input_contents=[raw(*images[:3])]))
+    assert most == 2
 
 
 def test_answers_stand_in_the_audit_log(tiny_bundle: Bundle, images: list[bytes], tmp_path: Path) -> None:
