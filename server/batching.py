@@ -30,6 +30,10 @@ _MARGIN: Final = 1.25
 """An image is admitted where the predicted time, so many times over, fits its deadline: half of what is
 admitted on the prediction alone would miss it, and cost the network for nothing."""
 
+_COMING: Final = 4
+"""Of another client's images that have not come yet, so many at most are work ahead: a server reads few of one client at
+a time, and what a slow line brings later goes behind what has come meanwhile."""
+
 _WEIGHT: Final = 0.2
 """Of the latest observation in a learned time."""
 
@@ -133,7 +137,7 @@ class Ticket(Generic[T]):
     priority: Priority
     client: str
     deadline: float
-    expected: int
+    expected: int = 0
     jobs: set[Job[T]] = field(default_factory=set)
 
 
@@ -185,7 +189,8 @@ class Batcher(Generic[T]):
         self._clients: Counter[str] = Counter()
         self._deadlines: list[tuple[float, int, Ticket[T]]] = []  # a heap, finished tickets among them
         self._lapsed: list[Job[T]] = []
-        self._undecoded: Counter[Priority] = Counter()  # expected, waiting or decoding
+        self._expected: Counter[tuple[Priority, str]] = Counter()  # by client
+        self._undecoded: Counter[Priority] = Counter()  # waiting or decoding
         self._decoding: Counter[Priority] = Counter()  # the decoder's lanes in use, for dropped images too
         self._waiting: dict[Priority, OrderedDict[Job[T], None]] = {p: OrderedDict() for p in Priority}
         self._decoded: dict[Priority, set[Job[T]]] = {p: set() for p in Priority}
@@ -219,13 +224,21 @@ class Batcher(Generic[T]):
         now = self._clock()
         self._sweep(now)
         self._check_room(client, images, now)
-        self._check_time(deadline_s, priority, images, now)
-        ticket: Ticket[T] = Ticket(priority, client, now + deadline_s, images)
+        self._check_time(deadline_s, priority, client, images, now)
+        ticket: Ticket[T] = Ticket(priority, client, now + deadline_s)
         heapq.heappush(self._deadlines, (ticket.deadline, next(self._numbers), ticket))
         self._images += images
         self._clients[client] += images
-        self._undecoded[priority] += images
+        self._expect(ticket, images)
         return ticket
+
+    def _expect(self, ticket: Ticket[T], images: int) -> None:
+        """So many images more are expected of a ticket."""
+        ticket.expected += images
+        key = ticket.priority, ticket.client
+        self._expected[key] += images
+        if not self._expected[key]:
+            del self._expected[key]
 
     def _check_room(self, client: str, images: int, now: float) -> None:
         options = self.options
@@ -253,10 +266,10 @@ class Batcher(Generic[T]):
             retry_after_s=self.times.decode_s,
         )
 
-    def _check_time(self, deadline_s: float, priority: Priority, images: int, now: float) -> None:
+    def _check_time(self, deadline_s: float, priority: Priority, client: str, images: int, now: float) -> None:
         if self._images == 0:
             return  # whatever has been learned: else one bad time would be believed for ever
-        predicted = self._predicted(priority, images, now)
+        predicted = self._predicted(priority, client, images, now)
         if predicted * _MARGIN > deadline_s:
             # What is ahead shrinks as time passes; the request's own time does not.
             alone = self.times.decode_s + self.times.of(min(images, self.options.max_batch))
@@ -267,17 +280,17 @@ class Batcher(Generic[T]):
                 retry_after_s=excess,
             )
 
-    def _predicted(self, priority: Priority, images: int, now: float) -> float:
-        """Seconds until `images` more are answered.
+    def _predicted(self, priority: Priority, client: str, images: int, now: float) -> float:
+        """Seconds until `images` more of a client are answered.
 
         Two stages that overlap: the slower one governs, and the first or last step of the other is added.
         """
         times = self.times
-        undecoded = images + self._undecoded[priority]
+        undecoded = images + self._undecoded_before(priority, client)
         unanswered = undecoded + len(self._decoded[priority])
         if priority is Priority.ROUTINE:
             # STAT images go first: those that are here and, at the rate of late, those that are yet to come.
-            stat = self._undecoded[Priority.STAT]
+            stat = self._undecoded_before(Priority.STAT, client)
             undecoded, unanswered = (
                 max(undecoded + stat, math.ceil(undecoded / self._routine_share)),
                 max(unanswered + stat + len(self._decoded[Priority.STAT]), math.ceil(unanswered / self._routine_share)),
@@ -285,6 +298,15 @@ class Batcher(Generic[T]):
         decode = times.decode_s * max(1.0, undecoded / self.options.workers)
         last = times.of(self._batch_size(unanswered))
         return max(decode + last, times.decode_s + self._network_s(unanswered, now))
+
+    def _undecoded_before(self, priority: Priority, client: str) -> int:
+        """Images that will have to be decoded before a client's next one, those that are yet to come among them."""
+        coming = (
+            images if other == client else min(images, _COMING)
+            for (its, other), images in self._expected.items()
+            if its is priority
+        )
+        return self._undecoded[priority] + sum(coming)
 
     def _network_s(self, images: int, now: float) -> float:
         """Seconds until the network has run what is in flight and `images` more, in batches of the size that pays."""
@@ -323,7 +345,8 @@ class Batcher(Generic[T]):
         if self._bytes + size > self.options.max_bytes:
             raise self._too_many_bytes()
         job = Job(ticket, item, size, next(self._numbers), now)
-        ticket.expected -= 1
+        self._expect(ticket, -1)
+        self._undecoded[ticket.priority] += 1
         ticket.jobs.add(job)
         self._bytes += size
         self._waiting[ticket.priority][job] = None
@@ -331,9 +354,8 @@ class Batcher(Generic[T]):
 
     def release(self, ticket: Ticket[T]) -> None:
         """Give back the room of the images that a ticket still expects; harmless where it expects none."""
-        self._undecoded[ticket.priority] -= ticket.expected
         self._leave(ticket.client, ticket.expected)
-        ticket.expected = 0
+        self._expect(ticket, -ticket.expected)
 
     # Work
 

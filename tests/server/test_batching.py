@@ -556,6 +556,17 @@ def test_a_stat_request_is_not_refused_for_what_it_overtakes():
     hands.enter("x", STAT, deadline_s=1.0)
 
 
+def test_bodies_that_one_client_is_slow_to_send_keep_nobody_else_out():
+    hands = Hands(workers=2)
+    for size in hands.policy.options.sizes:
+        hands.policy.times.learn_batch(size, 0.025 * size)
+    for _ in range(100):
+        hands.policy.admit(60.0, ROUTINE, "slow")
+    with pytest.raises(RefusedError, match="the answer would take"):
+        hands.policy.admit(2.0, ROUTINE, "slow")
+    hands.policy.admit(0.2, ROUTINE, "other")
+
+
 def test_one_terrible_time_is_not_believed_for_ever():
     options = BatchingOptions(workers=2)
     simulation = Simulation(options, lambda: 0.005, lambda n: 0.01 * n)
@@ -932,8 +943,9 @@ class Anything(RuleBasedStateMachine):
             self.sweep()
             assert self.policy.images == self.held() <= 12
             undecoded = [job for job in (*self.waiting, *self.decoding) if not job.dropped]
-            expected = sum(ticket.expected for ticket in self.tickets)
-            assert self.policy._undecoded.total() == len(undecoded) + expected
+            assert self.policy._undecoded.total() == len(undecoded)
+            assert self.policy._expected.total() == sum(ticket.expected for ticket in self.tickets)
+            assert all(self.policy._expected.values())
             assert all(self.ends[job] <= 1 for job in self.jobs)
 
     def teardown(self) -> None:
