@@ -60,7 +60,8 @@ class AuditOptions:
 
     A file has up to `max_bytes` and a line; `keep` full ones stay beside it. `sync_ms`: 0 has each answer wait for the
     disk, more has the disk asked every so many milliseconds. `on_failure`, while nothing can be written: "refuse"
-    answers nobody, "serve" answers without a record. `peer` records the client's address.
+    answers nobody, "serve" answers without a record. `peer` records the client's address, here and, of a call that is
+    refused, in the server's own log.
 
     Raises ValueError where a value makes no sense. Example: `AuditOptions(path=Path("/var/log/thoraxrt/audit.jsonl"))`.
     """
@@ -129,6 +130,10 @@ class AuditLog:
         """The sha256 of an image's bytes, in hex, from a thread: start it early, it takes about a ms per MB."""
         return self._hashing.submit(lambda: hashlib.sha256(data).hexdigest())
 
+    def address(self, peer: str | None) -> str | None:
+        """The client's address, of gRPC's `peer`, where it may be written down."""
+        return peer.rpartition(":")[0] if peer and self._options.peer else None  # ipv4:192.0.2.1:50000
+
     async def record(
         self,
         method: str,
@@ -149,7 +154,7 @@ class AuditLog:
         fields = {
             "who": principal.name,
             "via": principal.via,
-            "peer": peer.rpartition(":")[0] if peer and self._options.peer else None,  # ipv4:192.0.2.1:50000
+            "peer": self.address(peer),
             "method": method,
             "name": name,
             "model": model_sha256,

@@ -74,7 +74,7 @@ def server_credentials(options: TlsOptions) -> grpc.ServerCredentials:
     """What `grpc.aio.Server.add_secure_port` takes; the files are looked at again at every connection.
 
     Raises ConfigError for a file that is missing, not PEM, expired or not valid yet, and for a key that is another
-    certificate's or of a kind that gRPC's clients do not take. A later replacement with such a fault is logged and not
+    certificate's or of a kind that gRPC's clients do not take. Of several authorities, one that is valid is enough. A later replacement with such a fault is logged and not
     used.
     """
     paths = [options.certificate, options.private_key, *([options.client_ca] if options.client_ca else [])]
@@ -104,8 +104,7 @@ def _configuration(options: TlsOptions) -> grpc.ServerCertificateConfiguration:
     authorities = None
     if options.client_ca is not None:
         authorities = read_file(options.client_ca, "client certificate authority")
-        for certificate in _certificates(authorities, options.client_ca):
-            _check_dates(certificate, options.client_ca)
+        _check_authorities(_certificates(authorities, options.client_ca), options.client_ca)
     _log.info("the TLS certificate %s is valid until %s", options.certificate, _date(chain[0].not_valid_after_utc))
     return grpc.ssl_server_certificate_configuration([(key_pem, chain_pem)], authorities)
 
@@ -152,6 +151,20 @@ def _check_dates(certificate: x509.Certificate, path: Path) -> None:
             f"{path}: the certificate of {subject!r} is valid from {_date(certificate.not_valid_before_utc)}, and now "
             f"it is {_date(now)}: correct the clock, or wait"
         )
+
+
+def _check_authorities(authorities: Sequence[x509.Certificate], path: Path) -> None:
+    """See that one is valid; where authorities change, the old one stays in the file until it expires, and beyond."""
+    faults = []
+    for certificate in authorities:
+        try:
+            _check_dates(certificate, path)
+        except ConfigError as error:
+            faults.append(error)
+    if len(faults) == len(authorities):
+        raise faults[0]
+    for fault in faults:
+        _log.warning("%s; whom it certified cannot connect", fault)
 
 
 def _date(moment: datetime) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import grpc
 
 from thoraxrt.engine.errors import AccessError, AuthenticationError, AuthorizationError, RequestError
+from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.calls import answering, streaming
 from thoraxrt.server.certificates import TlsOptions, principal_from_certificate
 from thoraxrt.server.oidc import Oidc, OidcOptions
@@ -156,11 +157,12 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     """Lets a call reach its handler once its caller is known and has the role; else raises AccessError in its place.
 
     It raises before the first message is read, in a unary call too. What is raised becomes a status in
-    `thoraxrt.server.calls`, which must come before this one. The handler finds the caller in `current_principal`.
+    `thoraxrt.server.calls`, which must come before this one. The handler finds the caller in `current_principal`. Where
+    `audit` may hold addresses, the server's own log says where a refused call came from.
     """
 
-    def __init__(self, authenticator: Authenticator, options: SecurityOptions) -> None:
-        self._authenticator, self._options = authenticator, options
+    def __init__(self, authenticator: Authenticator, options: SecurityOptions, audit: AuditLog | None = None) -> None:
+        self._authenticator, self._options, self._audit = authenticator, options, audit
 
     async def intercept_service(
         self,
@@ -191,7 +193,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                     f"{principal.name!r} lacks the role {role}, which {method} needs: ask the server's operator"
                 )
         except AccessError as error:
-            _log.warning("refused %s: %s", method, error)  # not where from: that is the audit log's, where it is wanted
+            # Not a line of the audit log: strangers could fill it, until what was answered is removed.
+            peer = self._audit and self._audit.address(context.peer())
+            _log.warning("refused %s%s: %s", method, f" from {peer}" if peer else "", error)
             raise
         if role == "admin":
             _log.info("%r calls %s", principal.name, method)

@@ -102,6 +102,8 @@ def add_token(file: Path, name: str, roles: tuple[Role, ...], expires: datetime 
         raise RequestError(f"a token's name is {name!r}: expected printable characters")
     if expires is not None and expires.tzinfo is None:
         raise RequestError(f"the token expires at {expires}, of no time zone: add one, UTC say")
+    if expires is not None and expires <= datetime.now(UTC):
+        raise RequestError(f"the token expires at {expires.isoformat()}, which has passed: correct the date")
     if file.exists():
         _entries(file)  # else what is appended would be lost on the server
     identifier, secret = secrets.token_hex(_ID_BYTES), secrets.token_urlsafe(_SECRET_BYTES)

@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 from thoraxrt.cli import app
 from thoraxrt.engine.errors import AccessError, AuthenticationError, ConfigError, RequestError
 from thoraxrt.server import watched
+from thoraxrt.server.audit import AuditLog, AuditOptions
 from thoraxrt.server.calls import Calls
 from thoraxrt.server.certificates import TlsOptions, principal_from_certificate, server_credentials
 from thoraxrt.server.oidc import Oidc, OidcOptions
@@ -190,10 +191,10 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(options: SecurityOptions) -> AsyncIterator[Server]:
+async def serving(options: SecurityOptions, audit: AuditLog | None = None) -> AsyncIterator[Server]:
     authenticator, service = Authenticator(options), Service()
     await authenticator.start()
-    server = grpc.aio.server(interceptors=[Calls(NullTelemetry()), AccessInterceptor(authenticator, options)])
+    server = grpc.aio.server(interceptors=[Calls(NullTelemetry()), AccessInterceptor(authenticator, options, audit)])
     server.add_generic_rpc_handlers(service.handlers())
     if options.tls:
         port = server.add_secure_port("127.0.0.1:0", server_credentials(options.tls))
@@ -327,6 +328,27 @@ def test_a_replaced_client_authority_counts_for_new_connections(tmp_path: Path, 
     asyncio.run(check())
 
 
+def test_an_authority_that_expired_beside_a_valid_one(
+    tmp_path: Path, authority: Certified, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in the file that a change of authorities is made with."""
+    options, old = tls_options(tmp_path, authority, {"*": ("predict",)}), certify("old", days=(-2, -1))
+    (tmp_path / "ca.pem").write_bytes(old.pem + authority.pem)
+
+    async def check() -> None:
+        async with serving(SecurityOptions(tls=options)) as server:
+            pacs = certify("pacs", authority)
+            assert await server.call(authority=authority, client=pacs) == "subject:CN=pacs"
+            of_old = certify("pacs", old)
+            assert await server.call(authority=authority, client=of_old) is grpc.StatusCode.UNAVAILABLE
+
+    asyncio.run(check())
+    assert "the certificate of 'CN=old' expired on" in caplog.text
+    (tmp_path / "ca.pem").write_bytes(old.pem)
+    with pytest.raises(ConfigError, match="'CN=old' expired on"):
+        server_credentials(options)
+
+
 def unusual_key(folder: Path, authority: Certified) -> None:
     """Ed25519: gRPC's clients offer no such signature, as tried with grpcio 1.85."""
     key = ed25519.Ed25519PrivateKey.generate()
@@ -411,7 +433,8 @@ def token_file(tmp_path: Path) -> Path:
 
 def test_tokens(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     pacs, ops = add_token(token_file, "pacs", ("predict",)), add_token(token_file, 'the "ops"', ("admin", "predict"))
-    old = add_token(token_file, "old", ("predict",), datetime.now(UTC) - timedelta(seconds=1))
+    old = add_token(token_file, "old", ("predict",), datetime(2999, 12, 31, tzinfo=UTC))
+    token_file.write_text(token_file.read_text().replace("2999-", "2025-"))
     assert token_file.stat().st_mode & 0o777 == 0o600
     assert pacs.rpartition("_")[2] not in token_file.read_text()
     identifier = pacs.split("_")[1]
@@ -445,6 +468,25 @@ def test_tokens(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     secrets = [token.split("_", 2)[2] for token in (pacs, ops, old)]
     assert "refused" in caplog.text
     assert not any(secret in caplog.text for secret in secrets)
+
+
+@pytest.mark.parametrize("peer", [True, False])
+def test_where_a_refused_call_came_from_is_logged_where_addresses_may_be(
+    token_file: Path, caplog: pytest.LogCaptureFixture, peer: bool
+) -> None:
+    pacs = add_token(token_file, "pacs", ("predict",))
+
+    async def check() -> None:
+        with AuditLog(AuditOptions(path=token_file.parent / "audit.jsonl", peer=peer)) as audit:
+            async with serving(SecurityOptions(tokens=TokenOptions(file=token_file)), audit) as server:
+                assert await server.call(pacs + "x") is UNKNOWN
+                assert await server.call(pacs, LOAD) is DENIED
+
+    asyncio.run(check())
+    refused = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert len(refused) == 2
+    assert ["from ipv4:127.0.0.1: " in line for line in refused] == [peer, peer]
+    assert ["127.0.0.1" in line for line in refused] == [peer, peer]
 
 
 def test_a_revoked_token_is_refused_and_a_broken_file_changes_nothing(
@@ -502,13 +544,14 @@ def test_a_token_from_the_command_line_ends_when_it_says(token_file: Path) -> No
         assert result.exit_code == 0, result.output
         return result.stdout.strip()
 
-    today = datetime.now(UTC).date()
-    over, good = made("--expires", str(today)), made("--expires", str(today + timedelta(days=2)))
+    day = datetime.now(UTC).date() + timedelta(days=2)
+    good, over = made("--expires", str(day)), made("--expires", "2999-12-31")
+    token_file.write_text(token_file.read_text().replace("2999-", "2025-"))
 
     async def check() -> None:
         tokens = Tokens(TokenOptions(file=token_file))
         assert (await tokens.principal(good)).name == "pacs"
-        with pytest.raises(AuthenticationError, match=rf"expired on {today}T00:00:00\+00:00"):
+        with pytest.raises(AuthenticationError, match=r"expired on 2025-12-31T00:00:00\+00:00"):
             await tokens.principal(over)
 
     asyncio.run(check())
@@ -527,6 +570,8 @@ def test_tokens_that_cannot_be_made(token_file: Path) -> None:
             add_token(token_file, name, roles)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="time zone"):
         add_token(token_file, "a", ("predict",), datetime(2030, 1, 1))
+    with pytest.raises(RequestError, match=r"2025-11-24T00:00:00\+00:00, which has passed"):
+        add_token(token_file, "a", ("predict",), datetime(2025, 11, 24, tzinfo=UTC))
     with pytest.raises(RequestError, match="cannot be written"):
         add_token(token_file / "missing", "a", ("predict",))
     assert not token_file.exists()
