@@ -27,9 +27,9 @@ from thoraxrt.proto.oip import open_inference_pb2 as pb
 from thoraxrt.proto.oip import open_inference_pb2_grpc
 from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import Priority
-from thoraxrt.server.calls import deadline_of, status_from_exception, whole
+from thoraxrt.server.calls import client_of, deadline_of, status_from_exception, whole
 from thoraxrt.server.models import Loaded, ModelStatus
-from thoraxrt.server.service import Lender, Streams, audited, client_of, version_from_text
+from thoraxrt.server.service import Lender, Streams, audited, version_from_text
 from thoraxrt.server.telemetry import NullTelemetry, Telemetry
 
 __all__ = ["OIP_SERVICE_NAME", "OpenInferenceService", "Repository"]

@@ -17,7 +17,6 @@ from enum import Enum
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
-from weakref import WeakValueDictionary
 
 import grpc
 import msgspec
@@ -30,9 +29,8 @@ from thoraxrt.engine.preprocess import PreprocessSpec
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import Priority, RefusedError, Ticket
-from thoraxrt.server.calls import deadline_of, messages_at_once, status_from_exception, whole
+from thoraxrt.server.calls import Bodies, client_of, deadline_of, messages_at_once, status_from_exception, whole
 from thoraxrt.server.models import Loaded
-from thoraxrt.server.principal import ANONYMOUS, current_principal
 from thoraxrt.server.status import Status
 from thoraxrt.server.telemetry import NullTelemetry
 from thoraxrt.server.wire import (
@@ -60,7 +58,6 @@ __all__ = [
     "PredictionService",
     "Streams",
     "audited",
-    "client_of",
     "version_from_text",
 ]
 
@@ -151,12 +148,6 @@ def version_from_text(text: str) -> int | None:
     if not (text.isascii() and text.isdecimal() and len(text) < 19):
         raise RequestError(f"the model's version is {text[:40]!r}; expected a whole number, or none for the highest")
     return int(text)
-
-
-def client_of(context: _Context) -> str:
-    """Whose share of the queue a call takes: those that nobody knows are told apart by their machine."""
-    principal = current_principal.get()
-    return principal.name if principal is not ANONYMOUS else context.peer().rpartition(":")[0]  # ipv4:192.0.2.1:50000
 
 
 async def audited(
@@ -265,10 +256,7 @@ class PredictionService:
         self._streams = streams
         self._audit = audit
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="drawing")
-        bodies = max(messages_at_once(max_message_bytes), 2)
-        self._bodies = asyncio.Semaphore(bodies)
-        self._client_bodies = bodies // 2  # a slow line must not keep the others waiting
-        self._bodies_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._bodies = Bodies(messages_at_once(max_message_bytes))
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register the calls; those that bring images as streams, whose messages are read when they ask for them.
@@ -364,11 +352,12 @@ class PredictionService:
         That it is the only one is seen while the block answers it, and is certain once the block has ended.
         """
         began = time.perf_counter()
-        message = await self._read(call, requests, ticket)
+        message = await self._bodies.receive(requests, call.client, ticket.deadline)
         if message is None:
             raise RequestError("the call brought no message; expected one")
         self._telemetry.stage_of_call(loaded.name, "read", time.perf_counter() - began)
-        body, end = [message], asyncio.create_task(self._read(call, requests, ticket))
+        body = [message]
+        end = asyncio.create_task(self._bodies.receive(requests, call.client, ticket.deadline))
         del message
         try:
             yield body
@@ -378,15 +367,6 @@ class PredictionService:
         finally:
             if await end is not None:
                 raise RequestError("the call brought several messages; expected one")
-
-    async def _read(self, call: _Call, requests: AsyncIterator[_Message], ticket: Ticket[Any]) -> _Message | None:
-        """A call's next message, None at its end; by the ticket's deadline, so that nobody keeps its room."""
-        own = self._bodies_of.setdefault(call.client, asyncio.Semaphore(self._client_bodies))
-        try:
-            async with asyncio.timeout_at(ticket.deadline), own, self._bodies:
-                return await anext(requests, None)
-        except TimeoutError:
-            raise DeadlineError("the deadline passed while the image was being received; allow more time") from None
 
     async def _reply(self, call: _Call, loaded: Loaded, ticket: Ticket[Any], image: bytes, options: Options) -> Reply:
         """One image's reply."""
