@@ -42,6 +42,7 @@ from thoraxrt.engine.errors import (
 from thoraxrt.engine.preprocess import network_input
 from thoraxrt.export import Track
 from thoraxrt.export.graph import Normalisation, Reference
+from thoraxrt.export.hub import weight_files
 from thoraxrt.export.source import Given, read_source
 from thoraxrt.server.client import Client
 from thoraxrt.server.models import EngineOptions
@@ -172,7 +173,8 @@ def server_run(bundle: Bundle, client: Client, located: bool) -> Run:
 
 
 def torch_run(manifest: Manifest, checkpoint: Path, network: str | None) -> tuple[Run, str]:
-    """The original as PyTorch loads it, nothing folded, on the same network inputs; and the checkpoint's sha256.
+    """The original as PyTorch loads it, nothing folded, on the same network inputs; and the checkpoint's sha256, of a
+    folder its weights' as in `read_checkpoint`.
 
     `network` is `package.module:factory` where the checkpoint is of no known network. Raises CheckpointError, when it
     is opened too, or where its outputs are not this bundle's.
@@ -196,11 +198,13 @@ def torch_run(manifest: Manifest, checkpoint: Path, network: str | None) -> tupl
             )
         yield partial(_torch_answers, source.reference, manifest)
 
+    digest = hashlib.sha256()
     try:
-        with checkpoint.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        for file in weight_files(checkpoint) if checkpoint.is_dir() else [checkpoint]:
+            digest.update(file.read_bytes())
     except OSError as error:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error.strerror}") from error
+    sha256 = digest.hexdigest()
     return Run(candidate=TORCH, open=opened, identity=f"{sha256} {network}"), sha256
 
 

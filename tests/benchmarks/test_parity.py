@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from rich.console import Console
 
 from thoraxrt import __version__
-from thoraxrt.benchmarks.candidates import FP32, TORCH, candidates_from_text, runnable, served, work_key
+from thoraxrt.benchmarks.candidates import FP32, TORCH, candidates_from_text, runnable, served, torch_run, work_key
 from thoraxrt.benchmarks.environment import Gpu, environment
 from thoraxrt.benchmarks.parity import ParityOptions, parity, predictions_parity
 from thoraxrt.benchmarks.parity_table import render
@@ -202,6 +202,16 @@ def test_a_loss_in_fp32_itself_is_seen_by_the_original(sample_bundle: Bundle, ph
     (bundle.path / MANIFEST).write_bytes(msgspec.json.encode(msgspec.structs.replace(bundle.manifest, files=files)))
     options = quick(tmp_path, candidates=(("openvino", "fp32"),), checkpoint=SAMPLE_CHECKPOINT, limit=4)
     assert not parity(Bundle.open(bundle.path), phantoms, options).passed
+
+
+def test_the_original_may_be_a_hugging_face_folder_as_in_export(sample_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        torch_run(sample_bundle.manifest, tmp_path, None)
+    shutil.copyfile(SAMPLE_CHECKPOINT, tmp_path / "model.safetensors")
+    run, sha256 = torch_run(sample_bundle.manifest, tmp_path, None)
+    assert sha256 == sample_bundle.manifest.network.checkpoint_sha256
+    with run.open():
+        pass
 
 
 def test_ten_runs_pass_and_say_the_same(honest: Bundle, phantoms: Path, tmp_path: Path) -> None:
