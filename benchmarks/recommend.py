@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 
 from thoraxrt.benchmarks.bench import BenchResult
-from thoraxrt.benchmarks.receipt import Receipt
 from thoraxrt.engine.bundle import MANIFEST, SIGNATURE, Bundle, Recommended
 from thoraxrt.engine.errors import BundleError, RequestError
 from thoraxrt.engine.receipt import RECEIPT, RECEIPT_SIGNATURE, read_receipt, require_parity
@@ -57,9 +56,8 @@ def recommend(bundle: Bundle, speed: BenchResult, key: Path | None = None) -> Re
     bundle.verify()
     files = {path.name: path.read_bytes() for path in bundle.path.iterdir() if path.is_file()}
     files[MANIFEST] = manifest_bytes(msgspec.structs.replace(bundle.manifest, recommended=recommended))
-    judged = msgspec.json.decode(files[RECEIPT], type=Receipt)
-    judged = msgspec.structs.replace(judged, bundle=hashlib.sha256(files[MANIFEST]).hexdigest())
-    files[RECEIPT] = msgspec.json.format(msgspec.json.encode(judged))
+    named = hashlib.sha256(files[MANIFEST]).hexdigest()
+    files[RECEIPT] = files[RECEIPT].replace(bundle.sha256.encode(), named.encode())
     if key is not None:
         files |= {signature: sign(files[name], key) for name, signature in signatures.items()}
     publish(files, bundle.path, replace=True)

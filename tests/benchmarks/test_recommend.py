@@ -18,7 +18,7 @@ from thoraxrt.benchmarks.roofline import Work
 from thoraxrt.engine.bundle import Bundle, Recommended
 from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.errors import BundleError, RequestError
-from thoraxrt.engine.receipt import require_parity
+from thoraxrt.engine.receipt import RECEIPT, require_parity
 from thoraxrt.export.publish import sign_bundle, write_receipt
 
 HERE = environment()
@@ -81,6 +81,16 @@ def test_the_fastest_that_passed_runs_from_then_on(bundle: Bundle) -> None:
     assert (bundle.path / "note.txt").read_text() == "mine"
     with pytest.raises(RequestError, match="run thoraxrt bench on this bundle"):  # the times are of the old manifest
         recommend(now, speed(bundle, TIMED))
+
+
+def test_a_receipt_says_afterwards_what_it_said_whatever_else_is_in_it(bundle: Bundle) -> None:
+    other = msgspec.json.decode(receipt(bundle, openvino_fp32=True)) | {"of a later version": [1e300]}
+    del other["boxes_reference"]
+    write_receipt(bundle, msgspec.json.encode(other))
+    assert recommend(bundle, speed(bundle, TIMED)) == OPENVINO
+    now = Bundle.open(bundle.path)
+    require_parity(now, "openvino", "fp32")
+    assert msgspec.json.decode((bundle.path / RECEIPT).read_bytes()) == other | {"bundle": now.sha256}
 
 
 def test_a_signed_bundle_is_signed_anew(bundle: Bundle, keys: tuple[Path, Path]) -> None:
