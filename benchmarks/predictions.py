@@ -22,7 +22,7 @@ def predictions_from_csv(path: Path, findings: Sequence[str]) -> Mapping[str, np
     """
     found: dict[str, npt.NDArray[np.float64]] = {}
     try:
-        with path.open(newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
                 if (image := row["Image Index"]) in found:
                     raise ValueError(f"{image} is there twice")

@@ -18,3 +18,8 @@ def test_senseless_predictions(content: str, tmp_path: Path) -> None:
             predictions_from_csv(tmp_path / "p.csv", ["Mass"])
     with pytest.raises(DatasetError, match="cannot be read"):
         predictions_from_csv(tmp_path / "none.csv", ["Mass"])
+
+
+def test_excels_byte_order_mark_belongs_to_no_column(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("Image Index,prob_Mass\n1.png,0.25\n", encoding="utf-8-sig")
+    assert predictions_from_csv(tmp_path / "p.csv", ["Mass"]) == {"1.png": [0.25]}
