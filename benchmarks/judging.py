@@ -21,7 +21,7 @@ from thoraxrt.benchmarks.paired import Comparison, Difference, compare
 from thoraxrt.benchmarks.receipt import Candidate, Moved, Result, Unanswered, Verdict
 from thoraxrt.engine.bundle import Agreement
 from thoraxrt.engine.postprocess import Activation
-from thoraxrt.export.agreement import CONCORDANCE, MEAN_ERROR, P99_ERROR, RANK_CORRELATION, agreement
+from thoraxrt.export.agreement import agreement, agreement_text
 
 __all__ = ["Answers", "Trial", "broken", "judged"]
 
@@ -138,7 +138,7 @@ def _verdict(comparison: Comparison, agreed: Agreement, unanswered: Sequence[Una
         )
     shown = [*_non_inferior(comparison)]
     if agreed.meets_bar:
-        shown.append(f"answers agree within the bar: {_measured(agreed)}")
+        shown.append(f"answers agree within the bar: {agreement_text(agreed)}")
     return Verdict(
         passed=not failures, failures=tuple(failures), shown=tuple(shown), not_shown=tuple(_untold(comparison))
     )
@@ -156,21 +156,7 @@ def _inferior(comparison: Comparison) -> Iterator[str]:
 
 def _disagreement(agreed: Agreement) -> Iterator[str]:
     if not agreed.meets_bar:
-        yield f"answers are too far from the reference's: {_measured(agreed)}"
-
-
-def _measured(agreed: Agreement) -> str:
-    least = min(agreed.concordance, key=agreed.concordance.__getitem__, default=None)
-    of_each = (
-        f", concordance of a finding's logits at least {agreed.concordance[least]:.4f} ({least}; expected {CONCORDANCE:g})"
-        if least is not None
-        else ", too few images to judge a finding by itself"
-    )
-    return (
-        f"probabilities differ by {agreed.mean_error:.2g} on average (at most {MEAN_ERROR:g}), 99 % of them by no more "
-        f"than {agreed.p99_error:.2g} (at most {P99_ERROR:g}), rank correlation {agreed.rank_correlation:.6f} "
-        f"(at least {RANK_CORRELATION:g}){of_each}"
-    )
+        yield f"answers are too far from the reference's: {agreement_text(agreed)}"
 
 
 def _non_inferior(comparison: Comparison) -> Iterator[str]:

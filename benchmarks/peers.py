@@ -26,11 +26,9 @@ from thoraxrt.engine.backends import available, backend_names, open_backend
 from thoraxrt.engine.bundle import Agreement, Bundle
 from thoraxrt.engine.errors import RequestError
 from thoraxrt.export import Track, no_progress
-from thoraxrt.export.agreement import agreement
-from thoraxrt.export.checkpoint import read_checkpoint, read_state
-from thoraxrt.export.graph import IMAGENET
-from thoraxrt.export.source import Given
-from thoraxrt.export.surgery import network_from_factory
+from thoraxrt.export.agreement import agreement, agreement_text
+from thoraxrt.export.checkpoint import read_checkpoint
+from thoraxrt.export.graph import IMAGENET, Normalisation
 
 __all__ = ["REFERENCE", "Candidate", "Peer", "compare_peers", "engine_candidates", "race"]
 
@@ -64,17 +62,16 @@ def compare_peers(
     batch: int,
     rounds: int = 25,
     checkpoint: Path | None = None,
-    given: Given | None = None,
     track: Track = no_progress,
 ) -> tuple[Peer, ...]:
     """Each backend and precision that the engine has here, the CPU runtimes with their defaults, and PyTorch.
 
-    `inputs` are network inputs, uint8 `(1, S, S)` each, at least `batch`. PyTorch runs the network of `checkpoint`
-    (read as it was exported, with `given`), eager and compiled; without one the reason says so. Raises BackendError
-    where ONNX Runtime is missing, RequestError where there are too few inputs.
+    `inputs` are network inputs, uint8 `(1, S, S)` each, at least `batch`. PyTorch runs the network of `checkpoint`,
+    normalised as the bundle's, eager and compiled; without one the reason says so. Raises BackendError where ONNX Runtime
+    is missing, RequestError where there are too few inputs.
     """
     with contextlib.ExitStack() as opened:
-        makers = {**engine_candidates(bundle, opened), **_others(bundle, checkpoint, given or Given())}
+        makers = {**engine_candidates(bundle, opened), **_others(bundle, checkpoint)}
         return race(makers, inputs, bundle, batch=batch, rounds=rounds, track=track)
 
 
@@ -108,7 +105,7 @@ def race(
         if close.meets_bar:
             works[name] = partial(candidate, timed)
         else:
-            reasons[name] = f"wrong answers: probabilities differ from FP32's by {close.mean_error:.3f} on average"
+            reasons[name] = f"wrong answers: {agreement_text(close)}"
     found = interleaved(works, rounds, track)
     peers = []
     for name in makers:
@@ -150,13 +147,13 @@ def engine_candidates(bundle: Bundle, opened: contextlib.ExitStack) -> dict[str,
     }
 
 
-def _others(bundle: Bundle, checkpoint: Path | None, given: Given) -> dict[str, Callable[[], Candidate]]:
+def _others(bundle: Bundle, checkpoint: Path | None) -> dict[str, Callable[[], Candidate]]:
     """The runtimes as their documentation's first example has it, on the FP32 graph, and PyTorch."""
     return {
         "onnxruntime, defaults": lambda: _onnxruntime(bundle),
         "openvino, defaults": lambda: _openvino(bundle),
-        "PyTorch eager": lambda: _from_torch(_as_trained(checkpoint, given)),
-        "torch.compile": lambda: _from_torch(torch.compile(_as_trained(checkpoint, given), dynamic=False)),
+        "PyTorch eager": lambda: _from_torch(_as_trained(bundle, checkpoint)),
+        "torch.compile": lambda: _from_torch(torch.compile(_as_trained(bundle, checkpoint), dynamic=False)),
     }
 
 
@@ -174,17 +171,13 @@ def _openvino(bundle: Bundle) -> Candidate:
     return lambda images: compiled([images])["logits"].copy()
 
 
-def _as_trained(checkpoint: Path | None, given: Given) -> nn.Module:
+def _as_trained(bundle: Bundle, checkpoint: Path | None) -> nn.Module:
     """The checkpoint's network, normalisation before it. Raises RequestError, CheckpointError."""
     if checkpoint is None:
         raise RequestError("PyTorch needs the network's checkpoint, and none was given")
-    if given.network is not None:
-        network: nn.Module = network_from_factory(given.network, read_state(checkpoint))
-        normalisation = given.normalisation or IMAGENET
-    else:
-        read = read_checkpoint(checkpoint)
-        network, normalisation = read.network, given.normalisation or read.normalisation or IMAGENET
-    return AsTrained(network, torch.float32, normalisation)
+    folded = bundle.manifest.normalisation
+    normalisation = Normalisation(mean=folded.mean, std=folded.std) if folded else IMAGENET
+    return AsTrained(read_checkpoint(checkpoint).network, torch.float32, normalisation)
 
 
 def _from_torch(network: Callable[[torch.Tensor], torch.Tensor]) -> Candidate:

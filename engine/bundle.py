@@ -122,6 +122,11 @@ class Agreement(_Strict, frozen=True):
     meets_bar: bool
     concordance: dict[str, float] = {}
 
+    @property
+    def least_concordance(self) -> tuple[str, float] | None:
+        """The finding whose logits agree least, and their concordance; None on too few images."""
+        return min(self.concordance.items(), key=lambda each: each[1], default=None)
+
 
 class Calibration(_Strict, frozen=True):
     """What the INT8 graph's ranges and layers were chosen with.

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from thoraxrt.engine.bundle import Agreement, FindingAgreement
 from thoraxrt.engine.postprocess import Activation
 
-__all__ = ["agreement", "rank_correlation"]
+__all__ = ["agreement", "agreement_text", "rank_correlation"]
 
 MEAN_ERROR: Final = 0.01
 P99_ERROR: Final = 0.03
@@ -71,6 +71,21 @@ def agreement(
         and correlation >= RANK_CORRELATION
         and min(concordance.values(), default=1.0) >= CONCORDANCE
         and all(finding.verdict != "beyond" for finding in findings),
+    )
+
+
+def agreement_text(agreed: Agreement) -> str:
+    """What the bar is on, beside the bar; but for AUROC, which the caller may judge otherwise."""
+    least = agreed.least_concordance
+    of_each = (
+        f", concordance of a finding's logits at least {least[1]:.4f} ({least[0]}; expected {CONCORDANCE:g})"
+        if least is not None
+        else ", too few images to judge a finding by itself"
+    )
+    return (
+        f"probabilities differ by {agreed.mean_error:.2g} on average (at most {MEAN_ERROR:g}), 99 % of them by no more "
+        f"than {agreed.p99_error:.2g} (at most {P99_ERROR:g}), rank correlation {agreed.rank_correlation:.6f} "
+        f"(at least {RANK_CORRELATION:g}){of_each}"
     )
 
 

@@ -7,6 +7,7 @@ choice is good is `thoraxrt.export.agreement`'s to say.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import msgspec
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 from thoraxrt.engine.bundle import Agreement
 from thoraxrt.export import Track, no_progress
-from thoraxrt.export.agreement import MEAN_ERROR, P99_ERROR
+from thoraxrt.export.agreement import CONCORDANCE, MEAN_ERROR, P99_ERROR
 from thoraxrt.export.calibrate import METHODS, Method, parallel, single_threaded
 from thoraxrt.export.quantise import int8_from_fp32, quantisable_layers
 
@@ -173,19 +174,23 @@ def plot(trade_off: TradeOff) -> bytes:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     counts = [step.float_layers for step in trade_off.curve]
-    for name, colour, bar, values in (
-        ("mean", "tab:blue", MEAN_ERROR, [step.agreement.mean_error for step in trade_off.curve]),
-        ("99th percentile", "tab:orange", P99_ERROR, [step.agreement.p99_error for step in trade_off.curve]),
+    curve, chosen = ([_shown(step.agreement) for step in steps] for steps in (trade_off.curve, [trade_off.chosen]))
+    for name, colour, bar, values in zip(
+        ("mean error", "99th percentile", "1 - least concordance of a finding"),
+        ("tab:blue", "tab:orange", "tab:green"),
+        (MEAN_ERROR, P99_ERROR, 1 - CONCORDANCE),
+        zip(*curve, strict=True),
+        strict=True,
     ):
         left.plot(counts, values, "o-", color=colour, label=name)
-        left.axhline(bar, color=colour, linestyle=":", label=f"bar for the {name}")
-    at, agreement = trade_off.chosen.float_layers, trade_off.chosen.agreement
-    left.plot([at, at], [agreement.mean_error, agreement.p99_error], "k*", markersize=13, label="chosen", zorder=3)
+        left.axhline(bar, color=colour, linestyle=":", label=f"its bar, {bar:.3g}")
+    at = [trade_off.chosen.float_layers] * len(chosen[0])
+    left.plot(at, chosen[0], "k*", markersize=13, label="chosen", zorder=3)
     left.set_xscale("symlog", linthresh=1)
     left.set_xticks(counts, map(str, counts), fontsize=8)
     left.set(
         xlabel=f"convolutions kept in float, of {len(trade_off.costs)}",
-        ylabel="absolute probability error",
+        ylabel="absolute probability error; 1 - concordance",
         title=f"INT8 against FP32, {trade_off.method} ranges, {trade_off.curve[0].agreement.images} radiographs",
         xlim=(-0.2, 1.2 * len(trade_off.costs)),
         ylim=(0, None),
@@ -203,6 +208,11 @@ def plot(trade_off: TradeOff) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
     return picture.getvalue()
+
+
+def _shown(agreement: Agreement) -> tuple[float, float, float]:
+    least = agreement.least_concordance
+    return agreement.mean_error, agreement.p99_error, 1 - least[1] if least else math.nan
 
 
 def _rms(difference: npt.NDArray[np.float32]) -> float:

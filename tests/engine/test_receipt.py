@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from thoraxrt.cli.info import info
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import BundleError, SignatureError
 from thoraxrt.engine.receipt import LEAST_IMAGES, RECEIPT, RECEIPT_SIGNATURE, read_receipt, require_parity
@@ -101,6 +102,21 @@ def test_a_receipt_of_another_manifest_or_of_nothing_is_refused(bundle: Bundle) 
         write_receipt(bundle, damaged)
         with pytest.raises(BundleError, match="is damaged"):
             read_receipt(bundle)
+
+
+def test_info_shows_a_bundle_whose_receipt_counts_for_nothing(
+    bundle: Bundle, keys: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    private, public = keys
+    sign_bundle(bundle, private)
+    write_receipt(bundle, said(bundle, openvino_int8_engine=True))
+    info(bundle.path, require_signature=public)
+    assert "parity.json has no trusted signature in parity.sig" in (text := capsys.readouterr().out)
+    assert "Files, all intact" in text
+    write_receipt(bundle, b"{}")
+    info(bundle.path)
+    assert "parity.json is damaged" in capsys.readouterr().out
 
 
 def test_trusted_keys_ask_for_a_signature_of_these_very_bytes(bundle: Bundle, keys: tuple[Path, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from thoraxrt.cli.export import _show_export
+from thoraxrt.cli.info import _show_info
+from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.postprocess import Sigmoid
 from thoraxrt.export.agreement import agreement
 
@@ -65,7 +69,24 @@ def test_a_rare_finding_that_is_noise_misses_the_bar_though_the_pooled_measures_
     assert [result.concordance[label] for label in FOURTEEN[:13]] == [1] * 13
     assert result.concordance["Hernia"] < 0.9
     assert not result.meets_bar
-    assert agreement(shuffled[:19], RARE[:19], Sigmoid(), FOURTEEN, None).concordance == {}
+    few = agreement(shuffled[:19], RARE[:19], Sigmoid(), FOURTEEN, None)
+    assert few.concordance == {}
+    assert few.least_concordance is None
+
+
+def test_what_is_printed_names_the_finding_that_missed_the_bar(
+    sample_bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    shifted = RARE.copy()
+    shifted[:, 13] += 0.04
+    missed = agreement(shifted, RARE, Sigmoid(), FOURTEEN, None)
+    manifest = msgspec.structs.replace(sample_bundle.manifest, agreement={"int8": missed})
+    bundle = Bundle(sample_bundle.path, manifest, sample_bundle.sha256)
+    _show_export(bundle)
+    assert " (Hernia; expected 0.995)" in capsys.readouterr().out
+    _show_info(bundle, {}, [], "none")
+    assert f"{missed.concordance['Hernia']:.4f} (Hernia)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("scale", "shift", "meets"), [(1, 0.01, True), (1, 0.04, False), (0.85, 0, False)])

@@ -238,6 +238,8 @@ def test_the_layer_that_a_bad_range_spoils_is_the_costliest_and_the_one_kept(den
     picture = plot(result)
     assert picture.startswith(b"\x89PNG")
     assert picture == plot(result)
+    result.chosen.agreement.concordance["a"] = 0.5
+    assert picture != plot(result)
 
 
 def test_the_best_method_is_the_one_that_moves_logits_least(densenet: onnx.ModelProto) -> None:

@@ -172,6 +172,8 @@ def _preprocess(input_size: int | None, resize: str | None, crop: int | None, sq
 
 
 def _show_export(bundle: Bundle) -> None:
+    from thoraxrt.export.agreement import agreement_text
+
     manifest = bundle.manifest
     for name, check in manifest.checks.items():
         kept = manifest.kept_in_fp32.get(name)
@@ -182,9 +184,8 @@ def _show_export(bundle: Bundle) -> None:
         )
     for name, agreement in manifest.agreement.items():
         print(
-            f"{name} against fp32 on {agreement.images} radiographs that nothing was chosen on: probability error "
-            f"{agreement.mean_error:.4f} on average, {agreement.p99_error:.4f} at the 99th percentile, rank correlation "
-            f"{agreement.rank_correlation:.4f}; {auroc_text(agreement)}: "
+            f"{name} against fp32 on {agreement.images} radiographs that nothing was chosen on: "
+            f"{agreement_text(agreement)}; {auroc_text(agreement)}: "
             + ("meets the bar" if agreement.meets_bar else "MISSES THE BAR")
         )
     if manifest.calibration and not manifest.calibration.quantised:

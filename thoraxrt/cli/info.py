@@ -69,14 +69,27 @@ def _plans(bundle: Bundle, require_signature: Path | None) -> Iterator[dict[str,
         yield dict(zip(plan, (str(folder), *facts), strict=True)) | {"reason": misfit(record.key, machine)}
 
 
+def _parity_text(bundle: Bundle) -> str:
+    """What the receipt says, or why it cannot be heeded: the rest of the bundle is sound."""
+    from thoraxrt.engine.errors import BundleError
+    from thoraxrt.engine.receipt import read_receipt
+
+    try:
+        receipt = read_receipt(bundle)
+    except BundleError as error:
+        return f"the receipt does not count: {error}"
+    if receipt is None:
+        return "no receipt"
+    passed = ", ".join(" ".join(each) for each in sorted(receipt.candidates)) or "nothing"
+    return f"{receipt.images} images, margin {receipt.margin:g}, {receipt.date}; passed: {passed}"
+
+
 def _show_info(
     bundle: Bundle, backends: dict[str, dict[str, str | None]], plans: Iterable[dict[str, Any]], signed: str
 ) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
-
-    from thoraxrt.engine.receipt import read_receipt
 
     manifest = bundle.manifest
     console = Console()
@@ -109,14 +122,7 @@ def _show_info(
         )
     if manifest.assumed:
         facts.add_row("assumed", f"{', '.join(manifest.assumed)}: nobody said; the CheXNet recipe's")
-    receipt = read_receipt(bundle)
-    passed = ", ".join(" ".join(each) for each in sorted(receipt.candidates)) if receipt else ""
-    facts.add_row(
-        "parity",
-        f"{receipt.images} images, margin {receipt.margin:g}, {receipt.date}; passed: {passed or 'nothing'}"
-        if receipt
-        else "no receipt",
-    )
+    facts.add_row("parity", escape(_parity_text(bundle)))
     default = manifest.recommended
     facts.add_row(
         "recommended",
@@ -141,12 +147,16 @@ def _show_info(
     if not manifest.agreement:
         console.print("[dim]agreement with fp32 not measured; `thoraxrt export --calibrate FOLDER` does")
     else:
-        close = Table("precision", "mean error", "99th percentile", "rank correlation", "AUROC", "meets the bar")
+        close = Table("precision", "mean error", "99th percentile", "rank correlation", "least concordance")
+        close.add_column("AUROC")
+        close.add_column("meets the bar")
         close.title, close.caption = "Agreement with FP32", "errors: absolute differences of probabilities"
         for name, agreement in manifest.agreement.items():
             numbers = (agreement.mean_error, agreement.p99_error, agreement.rank_correlation)
             met = "[green]yes" if agreement.meets_bar else "[red]no"
-            close.add_row(name, *(f"{number:.4f}" for number in numbers), auroc_text(agreement), met)
+            least = agreement.least_concordance
+            concordance = f"{least[1]:.4f} ({escape(least[0])})" if least else "too few images"
+            close.add_row(name, *(f"{number:.4f}" for number in numbers), concordance, auroc_text(agreement), met)
         console.print(close)
 
     usable = Table("backend", "precision", "usable here", title="Backends")
