@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import cache
 from http.server import ThreadingHTTPServer
+from socketserver import TCPServer
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
@@ -55,7 +57,8 @@ _SECONDS: Final = tuple(
 )
 _IMAGES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 
-_SCRAPE_S: Final = 5.0  # a client that says nothing for so long is cut off
+_SCRAPE_S: Final = 5.0  # a client that takes longer is cut off
+_SCRAPES: Final = 16
 _LINES: Final = 10_000
 
 _SHOWN: Final = frozenset({"thoraxrt", "opentelemetry"})
@@ -151,14 +154,17 @@ class Telemetry(NullTelemetry):
         self._models: dict[tuple[str, str], tuple[str, ...]] = {}
         self._lock = threading.Lock()  # around the models
 
-        def histogram(name: str, help_: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
-            return Histogram(name, help_, labels, buckets=buckets, registry=self.registry)
+        # Cached by their labels, which takes a fraction of looking them up in the metric.
+        def histogram(
+            name: str, help_: str, labels: Sequence[str], buckets: Sequence[float]
+        ) -> Callable[..., Histogram]:
+            return cache(Histogram(name, help_, labels, buckets=buckets, registry=self.registry).labels)
 
-        def gauge(name: str, help_: str, labels: Sequence[str]) -> Gauge:
-            return Gauge(name, help_, labels, registry=self.registry)
+        def gauge(name: str, help_: str, labels: Sequence[str]) -> Callable[..., Gauge]:
+            return cache(Gauge(name, help_, labels, registry=self.registry).labels)
 
-        def counter(name: str, help_: str, labels: Sequence[str] = ()) -> Counter:
-            return Counter(name, help_, labels, registry=self.registry)
+        def counter(name: str, help_: str, labels: Sequence[str]) -> Callable[..., Counter]:
+            return cache(Counter(name, help_, labels, registry=self.registry).labels)
 
         self._stage = histogram("thoraxrt_stage_seconds", "Time of one image in a stage.", ("model", "stage"), _SECONDS)
         self._call = histogram("thoraxrt_call_seconds", "Time from arrival to end.", ("method", "code"), _SECONDS)
@@ -166,17 +172,23 @@ class Telemetry(NullTelemetry):
         self._in_flight = gauge("thoraxrt_calls_in_flight", "Calls that are being answered.", ("method",))
         self._queue = gauge("thoraxrt_queue_images", "Images in the server, whatever their stage.", ("model",))
         self._refused = counter("thoraxrt_refused", "Images not admitted, or too late.", ("model", "reason"))
-        self._restarts = counter("thoraxrt_decode_worker_restarts", "Decoding workers that were replaced.")
+        self._restarts = Counter(
+            "thoraxrt_decode_worker_restarts", "Decoding workers that were replaced.", registry=self.registry
+        )
         self._loads = counter("thoraxrt_model_loads", "Models loaded, or that could not be.", ("model", "outcome"))
-        self._audit_failures = counter("thoraxrt_audit_failures", "Audit records that could not be written.")
+        self._audit_failures = Counter(
+            "thoraxrt_audit_failures", "Audit records that could not be written.", registry=self.registry
+        )
         facts = ("model", "version", "sha256", "backend", "precision")
-        self._info = gauge("thoraxrt_model_info", "1 for each model version that answers.", facts)
-        gauge("thoraxrt_build_info", "1; the server's version.", ("version",)).labels(__version__).set(1)
+        self._info = Gauge(
+            "thoraxrt_model_info", "1 for each model version that answers.", facts, registry=self.registry
+        )
+        gauge("thoraxrt_build_info", "1; the server's version.", ("version",))(__version__).set(1)
         ProcessCollector(registry=self.registry)  # CPU time, resident memory, descriptors, start time
 
     def stage(self, model: str, stage: str, seconds: float) -> None:
         """See NullTelemetry."""
-        self._stage.labels(model, stage).observe(seconds)
+        self._stage(model, stage).observe(seconds)
 
     def traced(self, model: str, stage: str, seconds: float, ended: float | None = None) -> None:
         """See NullTelemetry."""
@@ -192,25 +204,25 @@ class Telemetry(NullTelemetry):
 
     def batch(self, model: str, size: int) -> None:
         """See NullTelemetry."""
-        self._batch.labels(model).observe(size)
+        self._batch(model).observe(size)
 
     def refused(self, model: str, reason: str) -> None:
         """See NullTelemetry."""
-        self._refused.labels(model, reason).inc()
+        self._refused(model, reason).inc()
 
     def queue(self, model: str, depth: int) -> None:
         """See NullTelemetry."""
-        self._queue.labels(model).set(depth)
+        self._queue(model).set(depth)
 
     def begun(self, method: str) -> None:
         """See NullTelemetry."""
         request_id.set(f"{self._start}-{next(self._numbers)}")
-        self._in_flight.labels(method).inc()
+        self._in_flight(method).inc()
 
     def answered(self, method: str, code: str, seconds: float) -> None:
         """See NullTelemetry."""
-        self._in_flight.labels(method).dec()
-        self._call.labels(method, code).observe(seconds)
+        self._in_flight(method).dec()
+        self._call(method, code).observe(seconds)
         if _CALL_LOG.isEnabledFor(logging.INFO):
             call = {"method": method, "code": code, "ms": round(1000 * seconds, 3)}
             _CALL_LOG.info("%s %s in %.3f ms", method, code, 1000 * seconds, extra={"call": call})
@@ -232,7 +244,7 @@ class Telemetry(NullTelemetry):
         with self._lock:
             self._models[model, version] = labels = (model, version, sha256, backend, precision)
             self._info.labels(*labels).set(1)
-        self._loads.labels(model, "loaded").inc()
+        self._loads(model, "loaded").inc()
 
     def unloaded(self, model: str, version: str) -> None:
         """See NullTelemetry."""
@@ -242,7 +254,7 @@ class Telemetry(NullTelemetry):
 
     def load_failed(self, model: str) -> None:
         """See NullTelemetry."""
-        self._loads.labels(model, "failed").inc()
+        self._loads(model, "failed").inc()
 
     def audit_failed(self) -> None:
         """See NullTelemetry."""
@@ -331,8 +343,39 @@ class MetricsEndpoint:
 
 
 class _Server(ThreadingHTTPServer):
+    """Answers so many scrapes at a time, each within its time as a whole, however its client drips."""
+
     daemon_threads = True
     block_on_close = False
+
+    def __init__(self, *args: Any) -> None:
+        self._open: dict[Any, float] = {}  # when it is cut off, by socket
+        super().__init__(*args)
+
+    def server_bind(self) -> None:
+        """See TCPServer; HTTPServer asks for the host's name besides, and waits where there is no DNS."""
+        TCPServer.server_bind(self)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """See ThreadingMixIn."""
+        if len(self._open) >= _SCRAPES:
+            self.shutdown_request(request)
+            return
+        self._open[request] = time.monotonic() + _SCRAPE_S
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Cut off whose time is up; called several times a second."""
+        now = time.monotonic()
+        for request, until in self._open.copy().items():
+            if now > until:
+                with suppress(OSError):  # it has just ended
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        """See TCPServer."""
+        self._open.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say what ended a scrape, without the peer's words."""

@@ -14,7 +14,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from contextvars import copy_context
 
 import grpc
@@ -196,6 +196,39 @@ def test_a_silent_client_is_cut_off_and_keeps_nobody_waiting(telemetry, monkeypa
         silent.sendall(b"GET /met")
         assert ("process_open_fds", ()) in scrape(endpoint.port)
         assert silent.recv(1) == b""
+
+
+def test_a_client_that_drips_is_cut_off(telemetry, monkeypatch):
+    monkeypatch.setattr(module, "_SCRAPE_S", 0.3)
+    with (
+        MetricsEndpoint(telemetry, "127.0.0.1", 0) as endpoint,
+        socket.create_connection(("127.0.0.1", endpoint.port), 5) as dripping,
+        suppress(ConnectionError),
+    ):
+        for _ in range(50):
+            dripping.sendall(b"G")
+            time.sleep(0.1)
+        pytest.fail("it was left to drip")
+
+
+def test_no_more_than_so_many_are_served_at_once(telemetry):
+    with MetricsEndpoint(telemetry, "127.0.0.1", 0) as endpoint:
+        with ExitStack() as opened:
+            clients = [
+                opened.enter_context(socket.create_connection(("127.0.0.1", endpoint.port), 3))
+                for _ in range(module._SCRAPES + 1)
+            ]
+            assert clients[-1].recv(1) == b""
+        until = time.monotonic() + 5
+        while endpoint._server._open and time.monotonic() < until:  # the others' ends are still to be seen
+            time.sleep(0.01)
+        assert ("process_open_fds", ()) in scrape(endpoint.port)
+
+
+def test_the_endpoint_asks_nobody_for_the_hosts_name(telemetry, monkeypatch):
+    monkeypatch.setattr(socket, "getfqdn", lambda host: pytest.fail("a network without DNS would have it wait"))
+    with MetricsEndpoint(telemetry, "127.0.0.1", 0) as endpoint:
+        assert ("process_open_fds", ()) in scrape(endpoint.port)
 
 
 def test_a_closed_endpoint_leaves_port_and_threads(telemetry):
