@@ -164,7 +164,8 @@ class Bodies:
 def client_of(context: Any) -> str:
     """Whose share a call takes: those that nobody knows are told apart by their machine."""
     principal = current_principal.get()
-    return principal.name if principal is not ANONYMOUS else context.peer().rpartition(":")[0]  # ipv4:192.0.2.1:50000
+    # Tokens, OIDC and certificates name callers each by itself; a peer is ipv4:192.0.2.1:50000.
+    return f"{principal.via}:{principal.name}" if principal is not ANONYMOUS else context.peer().rpartition(":")[0]
 
 
 class _Room:

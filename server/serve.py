@@ -252,7 +252,7 @@ async def listening(
     security = options.security
     check_exposure(options.host, bool(security.tls), options.insecure, authenticates=security.authenticates)
     authenticator = Authenticator(security)
-    access = [AccessInterceptor(authenticator, security)] if security.authenticates else []
+    access = [AccessInterceptor(authenticator, security, audit)] if security.authenticates else []
     server = grpc.aio.server(
         interceptors=[Calls(telemetry, options.max_message_bytes), *access],
         options=_channel_options(options),

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,7 +36,7 @@ from thoraxrt.cli import app
 from thoraxrt.engine.errors import AccessError, AuthenticationError, ConfigError, RequestError
 from thoraxrt.server import watched
 from thoraxrt.server.audit import AuditLog, AuditOptions
-from thoraxrt.server.calls import Calls
+from thoraxrt.server.calls import Calls, client_of
 from thoraxrt.server.certificates import TlsOptions, principal_from_certificate, server_credentials
 from thoraxrt.server.oidc import Oidc, OidcOptions
 from thoraxrt.server.principal import Principal, Role, current_principal
@@ -626,6 +627,15 @@ def test_every_kind_of_method_is_refused_before_its_handler_and_its_body(token_f
             assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     asyncio.run(check())
+
+
+def test_callers_of_one_name_have_shares_of_their_own_where_it_was_proved_otherwise() -> None:
+    def share(principal: Principal) -> str:
+        current_principal.set(principal)
+        return client_of(None)
+
+    callers = [Principal("pacs", frozenset({"predict"}), via) for via in ("token", "oidc", "certificate")]
+    assert len({copy_context().run(share, caller) for caller in callers}) == 3
 
 
 def test_roles_of_methods() -> None:
