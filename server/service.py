@@ -81,6 +81,11 @@ _LONGEST_WAIT_S: Final = 1.0
 _IDLE_S: Final = 300.0
 """How long a stream's next image may take to arrive."""
 
+_DRAW_MARGIN: Final = 1.25
+_DRAW_WEIGHT: Final = 0.2
+"""An overlay is promised where the predicted time, so many times over, fits the deadline; and the latest one's weight in the
+learned time."""
+
 if TYPE_CHECKING:  # generic in the stubs only
     _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -237,6 +242,75 @@ class Streams:
                 waiting.reschedule(0.0)
 
 
+class _Drawing:
+    """Draws overlays one by one, in a thread of its own; as many may wait for it as in the queue of their model.
+
+    What waits here has left that queue, with all its pixels.
+    """
+
+    def __init__(self, telemetry: NullTelemetry) -> None:
+        self._telemetry = telemetry
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="drawing")
+        self._promised: Counter[str] = Counter()  # by client
+        self._seconds = 0.0  # that one takes, exponentially weighted
+
+    @contextmanager
+    def promised(
+        self, loaded: Loaded, ticket: Ticket[Any], options: Options, images: int = 1, *, final: bool = True
+    ) -> Iterator[None]:
+        """Room for so many overlays while the block runs, where the options ask for them. Raises RefusedError.
+
+        Asked for before the network: what would be late should not go there. `final` as for `Scheduler.admit`.
+        """
+        if not options.overlay:
+            yield
+            return
+        most, left_s = loaded.scheduler.options, ticket.deadline - time.monotonic()
+        waiting, own = self._promised.total(), self._promised[ticket.client]
+        late_s = (waiting + images) * self._seconds * _DRAW_MARGIN - left_s if waiting else 0.0
+        if late_s > 0 or waiting + images > most.max_images or own + images > most.max_per_client:
+            if final:
+                self._telemetry.refused(loaded.name, "drawing")
+            raise RefusedError(
+                f"{waiting} overlays wait to be drawn, {own} of this client, at {self._seconds:.3g} s each; the answer has "
+                f"{left_s:.3g} s, and {most.max_images} may wait, {most.max_per_client} of a client",
+                reason="drawing",
+                retry_after_s=max(late_s, self._seconds or _SHORTEST_WAIT_S),
+            )
+        self._promised[ticket.client] += images
+        try:
+            yield
+        finally:
+            self._promised -= Counter({ticket.client: images})
+
+    async def drawn(self, loaded: Loaded, ticket: Ticket[Any], prediction: Prediction, options: Options) -> bytes:
+        """The overlay's PNG. Raises DeadlineError at the ticket's deadline."""
+        began, held = time.perf_counter(), [prediction]
+        del prediction
+        drawing = self._thread.submit(self._draw, held, loaded.engine.manifest.preprocess, options)
+        try:
+            async with asyncio.timeout_at(ticket.deadline):
+                overlay = await asyncio.wrap_future(drawing)
+        except TimeoutError:
+            self._telemetry.refused(loaded.name, "expired")
+            raise DeadlineError("the overlay would come after the deadline; try again, or allow more time") from None
+        finally:
+            held.clear()  # one that nobody waits for keeps its turn, but not its pixels
+        self._telemetry.stage_of_call(loaded.name, "draw", time.perf_counter() - began)
+        return overlay
+
+    def _draw(self, held: list[Prediction], preprocess: PreprocessSpec, options: Options) -> bytes:
+        began = time.perf_counter()
+        overlay = _draw(held.pop(), preprocess, options)
+        took = time.perf_counter() - began
+        self._seconds += _DRAW_WEIGHT * (took - self._seconds) if self._seconds else took
+        return overlay
+
+    def close(self) -> None:
+        """Drop what waits, and wait for what is being drawn."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
 class PredictionService:
     """The calls of `thoraxrt.v1.PredictionService`; models and streams stay their owner's.
 
@@ -255,7 +329,7 @@ class PredictionService:
         self._telemetry = telemetry
         self._streams = streams
         self._audit = audit
-        self._drawing = ThreadPoolExecutor(1, thread_name_prefix="drawing")
+        self._drawing = _Drawing(telemetry)
         self._bodies = Bodies(messages_at_once(max_message_bytes))
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -280,9 +354,11 @@ class PredictionService:
         with self._leased(call) as loaded, self._admitted(call, loaded) as ticket:
             async with self._only(call, requests, loaded, ticket) as body:
                 request = body.pop()
-                answering = self._reply(call, loaded, ticket, request.image, options_from_message(request.options))
-                del request
-                reply = await answering
+                options = options_from_message(request.options)
+                with self._drawing.promised(loaded, ticket, options):
+                    answering = self._reply(call, loaded, ticket, request.image, options)
+                    del request
+                    reply = await answering
             return self._written(loaded, message_from_reply(reply))
 
     async def PredictStudy(  # noqa: N802
@@ -298,7 +374,10 @@ class PredictionService:
                 options = options_from_message(request.options)
                 loaded.engine.check_findings(options.boxes_for)
                 names = [image.id for image in request.images]
-                with self._admitted(call, loaded, images=count - 1) if count > 1 else nullcontext(first) as others:
+                with (
+                    self._drawing.promised(loaded, first, options, count),
+                    self._admitted(call, loaded, images=count - 1) if count > 1 else nullcontext(first) as others,
+                ):
                     tickets = [first] + [others] * (count - 1)
                     answering = [
                         self._answer(call, loaded, ticket, image.image, options)
@@ -327,7 +406,7 @@ class PredictionService:
 
     async def close(self) -> None:
         """Drop what waits for the drawing, and wait for what runs there."""
-        await asyncio.to_thread(self._drawing.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._drawing.close)
 
     def _leased(self, call: _Call) -> AbstractContextManager[Loaded]:
         return self._models.lease(call.model, call.version)
@@ -376,7 +455,7 @@ class PredictionService:
         answering = audited(self._audit, call.method, call.peer, loaded, image, predicting)
         del image, predicting
         prediction = await answering
-        overlay = await self._drawn(loaded, prediction, options) if options.overlay else None
+        overlay = await self._drawing.drawn(loaded, ticket, prediction, options) if options.overlay else None
         kept = msgspec.structs.replace(prediction, radiograph=None, cam=prediction.cam if options.cam else None)
         return Reply(prediction=kept, overlay_png=overlay, manifest_sha256=loaded.bundle.sha256)
 
@@ -390,13 +469,6 @@ class PredictionService:
             return await answering
         except Exception as error:
             return status_from_exception(call.method, error)
-
-    async def _drawn(self, loaded: Loaded, prediction: Prediction, options: Options) -> bytes:
-        began = time.perf_counter()
-        drawing = self._drawing.submit(_draw, prediction, loaded.engine.manifest.preprocess, options)
-        overlay = await asyncio.wrap_future(drawing)
-        self._telemetry.stage_of_call(loaded.name, "draw", time.perf_counter() - began)
-        return overlay
 
     def _written(self, loaded: Loaded, message: pb.PredictResponse | pb.PredictStudyResponse) -> bytes:
         began = time.perf_counter()
@@ -429,9 +501,9 @@ class _Stream:
                 return
             written = asyncio.Event()
             opened = ExitStack()
-            admitted = await self._admitted(opened)
-            turn = before if self._call.order is _Order.REQUEST else None
             options = options_from_message(request.options)
+            admitted = await self._admitted(opened, options)
+            turn = before if self._call.order is _Order.REQUEST else None
             task = self._answering.create_task(self._answer(request.id, admitted, opened, request.image, options, turn))
             # In a callback, because a task that is cancelled before its first step never runs.
             task.add_done_callback(partial(self._ended, opened, written))
@@ -443,7 +515,7 @@ class _Stream:
         written.set()
         self._room.release()
 
-    async def _admitted(self, opened: ExitStack) -> tuple[Loaded, Ticket[Any]] | Status:
+    async def _admitted(self, opened: ExitStack, options: Options) -> tuple[Loaded, Ticket[Any]] | Status:
         """The model and the ticket for one image, which are `opened`'s; a Status where there is no room for too long."""
         until = self._call.deadline or time.monotonic() + _PATIENCE_S
         while True:
@@ -451,6 +523,7 @@ class _Stream:
                 loaded = trying.enter_context(self._service._leased(self._call))
                 try:
                     ticket = trying.enter_context(self._service._admitted(self._call, loaded, final=False))
+                    trying.enter_context(self._service._drawing.promised(loaded, ticket, options, final=False))
                 except RefusedError as error:
                     wait_s = min(max(error.retry_after_s, _SHORTEST_WAIT_S), _LONGEST_WAIT_S)
                     if time.monotonic() + wait_s > until:

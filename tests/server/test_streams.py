@@ -458,3 +458,68 @@ def test_a_study_that_does_not_fit_is_refused_whole_and_leaves_no_trace(engine, 
                 stub.PredictStudy(study_of(*[radiograph(0)] * 5), timeout=20)
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert len(stub.PredictStudy(study_of(*[radiograph(0)] * 4), timeout=20).findings) == 3
+
+
+# Overlays
+
+
+@pytest.fixture
+def pen(monkeypatch):
+    """What overlays wait for to be drawn."""
+    down, draw = threading.Event(), service._draw
+    monkeypatch.setattr(service, "_draw", lambda *given: draw(*given) if down.wait(20) else b"")
+    yield down
+    down.set()
+
+
+def test_no_more_overlays_wait_to_be_drawn_than_images_in_the_queue(engine, radiograph, told, pen):
+    model = OneModel(engine, told, BatchingOptions(max_images=2, max_per_client=2))
+    asked = pb.PredictRequest(image=radiograph(0), options=pb.PredictOptions(overlay=True))
+    with running_server(model, telemetry=told) as port, stub_of(port) as stub:
+        calls = [stub.Predict.future(asked, timeout=20) for _ in range(2)]
+        for _ in calls:
+            told.wait_for("stage", "network")
+        for method, request in ((stub.Predict, asked), (stub.PredictStudy, study_of(radiograph(0), overlay=True))):
+            with pytest.raises(grpc.RpcError, match="2 overlays wait to be drawn") as caught:
+                method(request, timeout=20)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert int(dict(caught.value.trailing_metadata())[PUSHBACK_KEY]) >= 1
+            told.wait_for("refused", "drawing")
+        assert stub.Predict(pb.PredictRequest(image=radiograph(0)), timeout=20).prediction.width == 97
+        pen.set()
+        assert all(call.result().overlay_png for call in calls)
+        assert stub.Predict(asked, timeout=20).overlay_png
+
+
+def test_an_overlay_is_given_up_at_the_deadline_and_refused_where_it_would_miss_it(engine, radiograph, told, pen):
+    model = OneModel(engine, told, BatchingOptions(longest_deadline_s=2.0))
+    asked = pb.PredictRequest(image=radiograph(0), options=pb.PredictOptions(overlay=True))
+    with running_server(model, telemetry=told) as port, stub_of(port) as stub:
+        for call in [stub.Predict.future(asked, timeout=20) for _ in range(2)]:
+            with pytest.raises(grpc.RpcError, match="the overlay would come after the deadline") as caught:
+                call.result()
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert told.heard("refused") == ["expired"] * 2
+        pen.set()
+        assert stub.Predict(asked, timeout=20).overlay_png  # by now the first has been drawn, and took two seconds
+        pen.clear()
+        calls = [stub.Predict.future(asked, timeout=20) for _ in range(2)]
+        told.wait_for("refused", "drawing")
+        pen.set()
+        assert sorted(call.code().name for call in calls) == ["OK", "RESOURCE_EXHAUSTED"]
+
+
+def test_overlays_slow_a_stream_and_lose_nothing_of_it(engine, radiograph, told, pen):
+    model = OneModel(engine, told, BatchingOptions(max_images=2, max_per_client=2))
+    with running_server(model, telemetry=told) as port, stub_of(port) as stub:
+        options = pb.PredictOptions(overlay=True)
+        sent = (pb.PredictStreamRequest(id=str(i), image=radiograph(i), options=options) for i in range(12))
+        call = stub.PredictStream(sent, timeout=20)
+        for _ in range(2):
+            told.wait_for("stage", "network")
+        time.sleep(0.3)  # the third one asks for room meanwhile
+        pen.set()
+        answers = [answer.answer for answer in call]
+        assert [answer.id for answer in answers] == [str(i) for i in range(12)]
+        assert all(answer.response.overlay_png for answer in answers)
+        assert told.heard("refused") == []
