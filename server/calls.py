@@ -10,8 +10,9 @@ import inspect
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakValueDictionary
@@ -34,6 +35,7 @@ __all__ = [
     "client_of",
     "deadline_of",
     "messages_at_once",
+    "read_as_small",
     "status_from_exception",
     "streaming",
     "whole",
@@ -43,8 +45,9 @@ _IMAGES: Final = frozenset({"/inference.GRPCInferenceService/ModelInfer"})
 """Unary methods whose message brings images."""
 
 _READ_BYTES: Final = 1024 * 1024 * 1024
-"""What messages may take while they are being received: those of unary methods that bring images, those of the other unary
-methods, so that probes are answered meanwhile, and those of a service that reads its own, each so much."""
+"""What messages may take while they are being received: those of unary methods that bring images, those of the other
+methods, those of strangers, so that probes are answered meanwhile, and those of a service that reads its own, each so
+much."""
 
 _MESSAGE_S: Final = 60.0
 """How long a unary call's message may take to arrive, whatever the call's own deadline."""
@@ -87,14 +90,17 @@ def status_from_exception(method: str, error: Exception) -> Status:
 class Calls(grpc.aio.ServerInterceptor):
     """Ends a call with a status where its service or an interceptor raises, and reports it to `telemetry`.
 
-    gRPC itself would answer UNKNOWN with the exception's text, and log it.
+    gRPC itself would answer UNKNOWN with the exception's text, and log it. Of the server's `calls` at once, ModelInfer
+    gets half, methods without images an eighth, those of strangers a quarter: the rest is always left to the calls that
+    are admitted before their images are read.
     """
 
-    def __init__(self, telemetry: NullTelemetry, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(self, telemetry: NullTelemetry, max_message_bytes: int = MAX_MESSAGE_BYTES, calls: int = 1024) -> None:
         self._telemetry = telemetry
         messages = messages_at_once(max_message_bytes)
-        self._images = _Room(messages, _MESSAGE_S, max_message_bytes)
-        self._others = _Room(messages, _SMALL_S, _SMALL_BYTES)
+        self._images = _Room(calls // 2, messages, _MESSAGE_S, max_message_bytes)
+        self._others = _Room(calls // 8, messages, _SMALL_S, _SMALL_BYTES)
+        self._strangers = _Room(calls // 4, messages, _SMALL_S, _SMALL_BYTES)
 
     async def intercept_service(
         self,
@@ -106,11 +112,12 @@ class Calls(grpc.aio.ServerInterceptor):
         if handler is None:  # no such method
             return None
         method, metadata = handler_call_details.method, handler_call_details.invocation_metadata
-        answer, room = answering(handler), self._images if method in _IMAGES else self._others
+        answer = answering(handler)
+        rooms = (self._images, self._images) if method in _IMAGES else (self._others, self._strangers)
 
         async def answered(requests: Any, context: Any) -> Any:
             began, code = time.perf_counter(), grpc.StatusCode.CANCELLED
-            _room.set(room)
+            _rooms.set(rooms)
             with self._telemetry.span(method, metadata):
                 self._telemetry.begun(method)
                 try:
@@ -169,25 +176,57 @@ def client_of(context: Any) -> str:
 
 
 class _Room:
-    """Where unary messages are received, each within so many seconds and bytes."""
+    """Where so many calls at once are answered, a quarter of them one client's, each message within `seconds` and `size`.
 
-    def __init__(self, messages: int, seconds: float, size: int) -> None:
+    `messages` of them are received at a time.
+    """
+
+    def __init__(self, calls: int, messages: int, seconds: float, size: int) -> None:
+        self._calls, self._open = max(calls, 1), Counter[str]()  # by client
         self._bodies, self._seconds, self._size = Bodies(messages), seconds, size
 
-    async def message(self, requests: AsyncIterator[bytes], client: str) -> bytes:
-        """The call's message. Raises RequestError, and as Bodies does."""
-        async with aclosing(aiter(requests)) as messages:  # else it keeps the message as long as the call lasts
-            message = await self._bodies.receive(messages, client, time.monotonic() + self._seconds)
-        if message is None:
-            raise RequestError("the call brought no message; expected one")
-        if (size := len(message)) > self._size:
+    @contextmanager
+    def entered(self, client: str) -> Iterator[None]:
+        """A client's call while the block runs. Raises OverloadedError where there are too many."""
+        for whose, count, most in (
+            ("", self._open.total(), self._calls),
+            (" of this client", self._open[client], max(self._calls // 4, 1)),
+        ):
+            if count >= most:
+                raise OverloadedError(
+                    f"{most} such calls{whose} are open, as many as may be; try again", retry_after_s=1.0
+                )
+        self._open[client] += 1
+        try:
+            yield
+        finally:
+            self._open -= Counter([client])
+
+    async def message(self, requests: AsyncIterator[_Message], client: str) -> _Message | None:
+        """The call's next message. Raises RequestError where it is too large, and as Bodies does."""
+        message: Any = await self._bodies.receive(requests, client, time.monotonic() + self._seconds)
+        size = len(message) if isinstance(message, bytes) else message.ByteSize() if message else 0
+        if size > self._size:
             del message  # else the error's traceback keeps it
             raise RequestError(f"the message has {size} bytes; expected at most {self._size} without images")
-        return message
+        received: _Message | None = message
+        return received
 
 
-_room: ContextVar[_Room] = ContextVar("_room")
-"""Where the message of the call that is being answered is read."""
+_rooms: ContextVar[tuple[_Room, _Room]] = ContextVar("_rooms")
+"""Where the call that is being answered is, if it comes from somebody known, and if from a stranger."""
+
+
+def _room() -> _Room:
+    return _rooms.get()[current_principal.get() is ANONYMOUS]
+
+
+async def read_as_small(requests: AsyncIterator[_Message], context: Any) -> AsyncGenerator[_Message, None]:
+    """A stream's messages, each as one of a unary method without images; raises what such a call ends with."""
+    room, client = _room(), client_of(context)
+    with room.entered(client):
+        while (message := await room.message(requests, client)) is not None:
+            yield message
 
 
 def answering(handler: Any) -> Callable[[Any, Any], Awaitable[Any]]:
@@ -199,19 +238,28 @@ def answering(handler: Any) -> Callable[[Any, Any], Awaitable[Any]]:
     parse = _parser(handler)
 
     async def answered(requests: Any, context: Any) -> Any:
-        request = (
-            requests if handler.request_streaming else parse(await _room.get().message(requests, client_of(context)))
-        )
-        responding = answer(request, context)
-        del request  # what it takes is the answer's to hold
-        if not inspect.isasyncgen(responding):
-            return await responding
-        async with aclosing(responding) as responses:
-            async for response in responses:
-                await context.write(response)
-        return None
+        if handler.request_streaming:
+            return await _responded(answer(requests, context), context)
+        room, client = _room(), client_of(context)
+        with room.entered(client):
+            async with aclosing(aiter(requests)) as messages:  # else it keeps the message as long as the call lasts
+                message = await room.message(messages, client)
+            if message is None:
+                raise RequestError("the call brought no message; expected one")
+            responding = answer(parse(message), context)
+            del message  # what it takes is the answer's to hold
+            return await _responded(responding, context)
 
     return answered
+
+
+async def _responded(responding: Any, context: Any) -> Any:
+    if not inspect.isasyncgen(responding):
+        return await responding
+    async with aclosing(responding) as responses:
+        async for response in responses:
+            await context.write(response)
+    return None
 
 
 def streaming(handler: Any, answer: Callable[[Any, Any], Awaitable[Any]]) -> _Handler:

@@ -22,12 +22,20 @@ import grpc
 import msgspec
 
 from thoraxrt.engine.engine import read_image
-from thoraxrt.engine.errors import AccessError, ConfigError, ImageError, RequestError, ServerError, ThoraxrtError
+from thoraxrt.engine.errors import (
+    AccessError,
+    ConfigError,
+    ImageError,
+    OverloadedError,
+    RequestError,
+    ServerError,
+    ThoraxrtError,
+)
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.proto.v1 import thoraxrt_pb2_grpc
 from thoraxrt.server.batching import Priority
 from thoraxrt.server.probe import ClientTls
-from thoraxrt.server.status import PUSHBACK_KEY, Status, error_from_status
+from thoraxrt.server.status import PUSHBACK_KEY, Status, error_from_status, status_from_error
 from thoraxrt.server.watched import Watched, read_file
 from thoraxrt.server.wire import (
     MAX_MESSAGE_BYTES,
@@ -60,6 +68,9 @@ _LONGEST_WAIT_S: Final = 5.0
 
 _JITTER: Final = 0.2
 """A wait is longer by a random share up to this, so that clients refused together do not return together."""
+
+_FULL: Final = "Concurrent RPC limit exceeded!"
+"""gRPC's own words for a server that is; it sends them without a time to come again, as for a message that is too large."""
 
 _CHANNEL_OPTIONS: Final = (
     ("grpc.enable_http_proxy", 0),  # an image goes where the caller says and nowhere else
@@ -568,6 +579,10 @@ def _options(findings: Collection[str] | None, overlay: bool, cam: bool) -> Opti
 
 def _status_of(error: Any) -> Status:
     metadata = tuple((key, str(value)) for key, value in error.trailing_metadata() or ())
+    if error.details() == _FULL:
+        return status_from_error(
+            OverloadedError("the server has as many calls as it takes; try again", retry_after_s=1.0)
+        )
     return Status(error.code(), error.details() or "", metadata)
 
 

@@ -13,19 +13,19 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from thoraxrt.engine.engine import Engine
 from thoraxrt.engine.errors import ModelNotFoundError, RequestError, ServerError, ThoraxrtError
 from thoraxrt.server.audit import AuditLog
 from thoraxrt.server.batching import BatchingOptions
-from thoraxrt.server.calls import Calls
+from thoraxrt.server.calls import Calls, read_as_small
 from thoraxrt.server.certificates import server_credentials
 from thoraxrt.server.health import Health
 from thoraxrt.server.models import Loaded, ModelState, ModelStatus
@@ -46,7 +46,7 @@ _AHEAD_BYTES: Final = 512 * 1024
 round trip to ask for the rest."""
 
 _CALLS: Final = 1024
-"""At once, of one connection and of all. Each may hold what is taken ahead of it."""
+"""At once, of one connection and of all; see Calls for whose. Each may hold what is taken ahead of it."""
 
 _CONNECTION_MS: Final = 60 * 60 * 1000
 """How long a connection lives, and its calls may then go on: whose certificate is not taken any more has gone by then."""
@@ -254,7 +254,7 @@ async def listening(
     authenticator = Authenticator(security)
     access = [AccessInterceptor(authenticator, security, audit)] if security.authenticates else []
     server = grpc.aio.server(
-        interceptors=[Calls(telemetry, options.max_message_bytes), *access],
+        interceptors=[Calls(telemetry, options.max_message_bytes, _CALLS), *access],
         options=_channel_options(options),
         maximum_concurrent_rpcs=_CALLS,
     )
@@ -264,7 +264,8 @@ async def listening(
     service.add_to(server)
     OpenInferenceService(models, telemetry, streams, audit).add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
-    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflected = _Reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME))
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, server)
     async with AsyncExitStack() as closing:  # in the reverse order
         closing.push_async_callback(models.close)
         closing.push_async_callback(service.close)
@@ -276,6 +277,16 @@ async def listening(
         await authenticator.start()
         await models.start()
         yield bound
+
+
+class _Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # the package has no types
+    """gRPC's reflection, whose requests are as bounded as a unary call's."""
+
+    async def ServerReflectionInfo(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """See grpc.reflection."""
+        async with aclosing(read_as_small(requests, context)) as small:
+            async for response in super().ServerReflectionInfo(small, context):
+                yield response
 
 
 def _channel_options(options: ServeOptions) -> list[tuple[str, int]]:
@@ -331,6 +342,7 @@ def _signalled() -> asyncio.Event:
         stopping.set()
         for number in _STOPPING:
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)  # else asyncio's, which ends what runs in order, is back for SIGINT
 
     for number in _STOPPING:
         loop.add_signal_handler(number, stop)

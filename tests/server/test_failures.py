@@ -22,6 +22,7 @@ from typing import Final
 import grpc
 import numpy as np
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from thoraxrt.engine.errors import (
@@ -252,11 +253,11 @@ def test_another_service_at_the_address_is_said_so():
 
 
 class Counting:
-    """A TCP relay to a server that counts the bytes that come from the client."""
+    """A TCP relay to a server, which sees it at `host`, that counts the bytes that come from the client."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         self._server = socket.create_server(("127.0.0.1", 0))
-        self._to = port
+        self._to, self._host = port, host
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
         self.bytes = 0
         threading.Thread(target=self._accept, daemon=True).start()
@@ -265,7 +266,7 @@ class Counting:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._server.accept()
-                server = socket.create_connection(("127.0.0.1", self._to))
+                server = socket.create_connection(("127.0.0.1", self._to), source_address=(self._host, 0))
                 threading.Thread(target=self._relay, args=(client, server, True), daemon=True).start()
                 threading.Thread(target=self._relay, args=(server, client, False), daemon=True).start()
 
@@ -362,8 +363,57 @@ def test_unary_messages_come_in_by_turns_and_probes_beside_them(engine, told, mo
         ended.set()
 
 
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [("/grpc.health.v1.Health/Check", "OK"), ("/inference.GRPCInferenceService/ModelInfer", "INVALID_ARGUMENT")],
+)
+def test_messages_that_do_not_come_keep_no_other_client_waiting(engine, told, monkeypatch, path, code):
+    monkeypatch.setattr(calls, "_READ_BYTES", 1)  # room for two
+    monkeypatch.setattr(calls, "_SMALL_S", 60.0)
+    ended = threading.Event()
+    with (
+        running_server(engine, telemetry=told) as port,
+        contextlib.closing(Counting(port, "127.0.0.2")) as relay,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as near,
+        grpc.insecure_channel(relay.address) as far,
+    ):
+        held = [near.stream_unary(path).future(iter(ended.wait, True)) for _ in range(8)]
+        for _ in held:
+            told.wait_for("begun", path)
+        answering = far.unary_unary(path).future(b"", timeout=20)
+        assert answering.code().name == code
+        assert not any(call.done() for call in held)
+        for call in held:
+            call.cancel()
+        ended.set()
+
+
+def test_reflection_is_as_bounded_as_other_methods_without_images(engine, monkeypatch):
+    monkeypatch.setattr(calls, "_SMALL_S", 0.3)
+    lists = reflection_pb2.ServerReflectionRequest(list_services="")
+    ended = threading.Event()
+
+    def one_and_no_more():
+        yield lists
+        ended.wait(20)
+
+    with running_server(engine) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        info = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        large = reflection_pb2.ServerReflectionRequest(file_by_filename=70_000 * "x")
+        with pytest.raises(grpc.RpcError, match="expected at most 65536 without images") as caught:
+            next(info(iter([large]), timeout=20))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+        idle = info(one_and_no_more(), timeout=20)
+        assert next(idle).list_services_response.service
+        with pytest.raises(grpc.RpcError, match="the message did not come in time") as caught:
+            next(idle)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        ended.set()
+
+
 def test_who_gets_no_turn_is_told_to_come_again_and_what_is_too_large_is_not_kept():
-    room, large = calls._Room(2, 0.2, 10), bytes(11)
+    room, large = calls._Room(8, 2, 0.2, 10), bytes(11)
 
     async def nothing_comes():
         await asyncio.Event().wait()
@@ -376,7 +426,8 @@ def test_who_gets_no_turn_is_told_to_come_again_and_what_is_too_large_is_not_kep
         assert await room.message(comes(b"x"), "a") == b"x"
         before = sys.getrefcount(large)
         with pytest.raises(RequestError, match="the message has 11 bytes; expected at most 10") as refused:
-            await room.message(comes(large), "a")
+            async with contextlib.aclosing(comes(large)) as messages:
+                await room.message(messages, "a")
         await asyncio.sleep(0)  # the step that gave it ends
         assert sys.getrefcount(large) == before, refused
         slow = asyncio.create_task(room.message(nothing_comes(), "a"))

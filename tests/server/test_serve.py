@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from thoraxrt.engine.engine import Engine
-from thoraxrt.engine.errors import BackendError, RequestError, ServerError
+from thoraxrt.engine.errors import BackendError, OverloadedError, RequestError, ServerError
 from thoraxrt.proto.v1 import thoraxrt_pb2 as pb
 from thoraxrt.server import serve as serving
 from thoraxrt.server.certificates import TlsOptions
@@ -26,6 +26,7 @@ from thoraxrt.server.oip import OIP_SERVICE_NAME
 from thoraxrt.server.security import SecurityOptions
 from thoraxrt.server.serve import OneModel, ServeOptions, running_server, serve
 from thoraxrt.server.service import SERVICE_NAME
+from thoraxrt.server.status import PUSHBACK_KEY
 from thoraxrt.server.tokens import TokenOptions, add_token
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -39,6 +40,14 @@ with Engine.open(sys.argv[1], backend="onnxruntime") as engine:
     serve(OneModel(engine), ServeOptions(port=0))
 print("stopped")
 """
+
+
+CLOSING = """import asyncio
+    class Closing(OneModel):
+        async def close(self):
+            print("closing", flush=True)
+            await asyncio.shield(asyncio.create_task(asyncio.sleep(60)))
+    serve(Closing"""
 
 
 REFUSING = """from thoraxrt.engine.errors import BundleError
@@ -252,27 +261,54 @@ def test_a_stop_waits_no_longer_than_its_grace(gated_engine, gate, radiograph):
         assert not stopping.is_alive()
 
 
-def test_more_calls_than_may_be_open_are_refused_whatever_their_connection(engine, monkeypatch):
+def own_channel(stack: contextlib.ExitStack, port: int) -> grpc.Channel:
+    """A connection that no other channel shares."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    return stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}", options))
+
+
+def test_strangers_who_watch_leave_room_for_others_calls(engine, radiograph, monkeypatch, tmp_path):
+    monkeypatch.setattr(serving, "_CALLS", 8)
+    token = add_token(tokens := tmp_path / "tokens.toml", "scanner", ("predict",))
+    security = SecurityOptions(tokens=TokenOptions(file=tokens))
+    with (
+        running_server(engine, ServeOptions(port=0, security=security)) as port,
+        contextlib.ExitStack() as stack,
+        Client(f"127.0.0.1:{port}", token=token) as client,
+    ):
+        watch = health_pb2_grpc.HealthStub(own_channel(stack, port)).Watch
+        first, *others = (watch(health_pb2.HealthCheckRequest(), timeout=30) for _ in range(8))
+        assert next(first).status == SERVING
+        for other in others:
+            with pytest.raises(grpc.RpcError, match="1 such calls of this client are open") as caught:
+                next(other)
+            assert PUSHBACK_KEY in dict(caught.value.trailing_metadata())
+        assert client.predict(radiograph(0)).prediction.width == 97
+        assert client.model().backend == "onnxruntime"
+
+
+def test_a_full_server_is_one_to_come_back_to(engine, radiograph, monkeypatch, told):
     monkeypatch.setattr(serving, "_CALLS", 2)
-    request = health_pb2.HealthCheckRequest()
-    with running_server(engine) as port, contextlib.ExitStack() as stack:
-        one, other = (
-            stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)]))
-            for _ in range(2)
-        )
-        watches = [health_pb2_grpc.HealthStub(channel).Watch(request, timeout=20) for channel in (one, other)]
-        assert [next(watch).status for watch in watches] == [SERVING, SERVING]
-        with pytest.raises(grpc.RpcError) as caught:
-            health_of(other, "")
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        watches[0].cancel()
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            with contextlib.suppress(grpc.RpcError):
-                assert health_of(other, "") == SERVING
-                break
-        else:
-            pytest.fail("the call that ended left no room")
+    ended, path = threading.Event(), f"/{SERVICE_NAME}/Predict"
+    with (
+        running_server(engine, telemetry=told) as port,
+        contextlib.ExitStack() as stack,
+        Client(f"127.0.0.1:{port}") as client,
+        Client(f"127.0.0.1:{port}", timeout=0.5) as hurried,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        stack.callback(ended.set)
+        held = []
+        for _ in range(2):
+            held.append(own_channel(stack, port).stream_unary(path).future(iter(ended.wait, True)))
+            told.wait_for("begun", path)
+        with pytest.raises(OverloadedError, match="the server has as many calls as it takes") as refused:
+            hurried.predict(radiograph(0))
+        assert refused.value.retry_after_s == 1.0
+        asking = pool.submit(client.predict, radiograph(0))
+        time.sleep(0.3)
+        held[0].cancel()
+        assert asking.result(20).prediction.width == 97
 
 
 def test_a_connection_ends_however_long_its_calls(engine, monkeypatch):
@@ -355,5 +391,20 @@ def test_a_signal_stops_it_in_order(tiny_bundle, radiograph, number):
                 assert process.wait(20) == 0
             assert process.stdout.read() == "stopped\n"
             assert process.stderr.read() == ""
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_whatever_it_is_finishing(tiny_bundle, number):
+    script = SERVE.replace("serve(OneModel", CLOSING)
+    arguments = [sys.executable, "-c", script, str(tiny_bundle.path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline().startswith("serving")
+            process.send_signal(number)
+            assert process.stdout.readline() == "closing\n"
+            process.send_signal(number)
+            assert process.wait(20) == -number
         finally:
             process.kill()
