@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import grpc
 
@@ -54,6 +56,9 @@ _PREDICT: Final = frozenset(
     }.items()
     for method in methods
 )
+
+_AGAIN_S: Final = 1.0
+"""How long a stream's caller is taken for who they were."""
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +161,7 @@ def _bearer_token(metadata: Sequence[tuple[str, str | bytes]]) -> str | None:
 class AccessInterceptor(grpc.aio.ServerInterceptor):
     """Lets a call reach its handler once its caller is known and has the role; else raises AccessError in its place.
 
-    It raises before the first message is read, in a unary call too. What is raised becomes a status in
+    It raises before the first message is read, in a unary call too, and in a stream where that has changed since. What is raised becomes a status in
     `thoraxrt.server.calls`, which must come before this one. The handler finds the caller in `current_principal`. Where
     `audit` may hold addresses, the server's own log says where a refused call came from.
     """
@@ -179,8 +184,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         answer = answering(handler)
 
         async def answer_if_allowed(requests: Any, context: _Context) -> Any:
-            current_principal.set(await self._allowed(method, access, metadata, context))
-            return await answer(requests, context)
+            allowed = partial(self._allowed, method, access, metadata, context)
+            current_principal.set(await allowed())
+            return await answer(_Requests(requests, allowed) if handler.request_streaming else requests, context)
 
         return streaming(handler, answer_if_allowed)
 
@@ -200,6 +206,24 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         if role == "admin":
             _log.info("%r calls %s", principal.name, method)
         return principal
+
+
+class _Requests:
+    """A stream's requests; who sends them is asked again, so that a token which is revoked brings in no more."""
+
+    def __init__(self, requests: Any, allowed: Callable[[], Awaitable[Principal]]) -> None:
+        self._requests, self._allowed = requests, allowed
+        self._asked = time.monotonic()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        request = await anext(self._requests)
+        if time.monotonic() - self._asked >= _AGAIN_S:
+            self._asked = time.monotonic()
+            await self._allowed()
+        return request
 
 
 def check_exposure(host: str, tls: bool, insecure: bool, *, authenticates: bool) -> None:

@@ -12,8 +12,9 @@ strangers make the server work 50 ms for each wrong token. Nothing but generated
     sha256 = "9b74c9897bac770ffc029102a200c5de..."
     expires = 2027-11-24T00:00:00Z   # or never
 
-A token is revoked by deleting its entry, within a second. A missing or broken file revokes nothing,
-because that is how files look while they are edited: to revoke all, leave the file empty.
+A token is revoked by deleting its entry: no call is let in a second later, no image of an open stream two seconds later.
+A missing or broken file revokes nothing, because that is how files look while they are edited: to revoke all, leave the
+file empty.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from typer.testing import CliRunner
 
 from thoraxrt.cli import app
 from thoraxrt.engine.errors import AccessError, AuthenticationError, ConfigError, RequestError
-from thoraxrt.server import watched
+from thoraxrt.server import security, watched
 from thoraxrt.server.audit import AuditLog, AuditOptions
 from thoraxrt.server.calls import Calls, client_of
 from thoraxrt.server.certificates import TlsOptions, principal_from_certificate, server_credentials
@@ -518,6 +518,32 @@ def test_a_revoked_token_is_refused_and_a_broken_file_changes_nothing(
 
     asyncio.run(check())
     assert caplog.text.count("stays in force") == 2
+
+
+def test_an_open_stream_of_a_revoked_token_gets_no_further_answer(
+    token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched, "_EVERY_S", 0.1)  # for a quicker test
+    monkeypatch.setattr(security, "_AGAIN_S", 0.1)
+    metadata = [("authorization", f"Bearer {add_token(token_file, 'pacs', ('predict',))}")]
+
+    async def check() -> None:
+        async with (
+            serving(SecurityOptions(tokens=TokenOptions(file=token_file))) as server,
+            server.channel() as channel,
+        ):
+            stream = channel.stream_stream(STREAM)(metadata=metadata, timeout=10)
+            for _ in range(2):
+                await stream.write(b"x")
+                assert await stream.read() == b"pacs"
+                await asyncio.sleep(0.15)
+            token_file.write_text("")
+            await stream.write(b"x")
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await stream.read()
+            assert raised.value.code() is UNKNOWN
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize(
