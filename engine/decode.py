@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from io import BytesIO
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,8 @@ __all__ = [
     "decode",
     "table_from_png16",
 ]
+
+_T = TypeVar("_T")
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -356,12 +358,24 @@ def _refuse_colour(channels: Pixels) -> None:
         )
 
 
+_PARTS: Final = 10_000
+"""Of a file at most: 64 MiB in chunks of 8 KiB, as libpng writes them, are 8,192. Each costs 400 bytes, if empty."""
+
+
+def _few(parts: Iterator[_T], kind: str, what: str) -> Iterator[_T]:
+    """The parts, while there are not too many of them. Raises ImageLimitError."""
+    for number, part in enumerate(parts):
+        if number == _PARTS:
+            raise ImageLimitError(f"the {kind} file has more than {_PARTS} {what}; expected fewer: save it again")
+        yield part
+
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOURS = {0: "gray", 2: "rgb", 3: "palette", 4: "gray+alpha", 6: "rgba"}
 
 
 def _radiograph_from_png(data: bytes, limits: DecodeLimits, alone: bool) -> Radiograph:
-    chunks = list(_png_chunks(data))
+    chunks = list(_few(_png_chunks(data), "PNG", "chunks"))
     kind, header = chunks[0]
     if kind != b"IHDR":
         raise corrupt("the PNG file does not begin with its header")
@@ -492,7 +506,7 @@ def frame_from_jpeg(data: bytes) -> Frame:
     """The frame header of a JPEG or JPEG-LS stream that also has an end (ITU-T T.81, B.2.2)."""
     frames = []
     scan = 0
-    for marker, start, end in _jpeg_segments(data):
+    for marker, start, end in _few(_jpeg_segments(data), "JPEG", "segments"):
         if marker in _SOF:
             frames.append((marker, *struct.unpack_from(">BHHB", data, start + 4)))
         scan = end

@@ -298,6 +298,20 @@ def test_limits_hold_before_decoding() -> None:
         decode(file_from(picture()), DecodeLimits(max_bytes=100))
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_file_of_countless_parts_is_refused(alone: bool) -> None:
+    whole = png(64, 64, 8, 0, scanlines(picture(64, 64)), *[chunk(b"tEXt", b"")] * 9_997)  # and IHDR, IDAT, IEND
+    assert decode(whole, alone=alone).width == 64
+    for data in (
+        png(64, 64, 8, 0, scanlines(picture(64, 64)), *[chunk(b"IDAT", b"")] * 10_000),
+        b"\xff\xd8" + b"\xff\xfe\0\x02" * 10_000 + file_from(smooth(), "JPEG", "L")[2:],
+    ):
+        with pytest.raises(
+            ImageLimitError, match=r"has more than 10000 (chunks|segments); expected fewer: save it again"
+        ):
+            decode(data, alone=alone)
+
+
 def test_large_pictures_do_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert decode(file_from(picture())).width == 48
