@@ -51,7 +51,7 @@ from thoraxrt.benchmarks.serving_load import Answer, Arrivals, Load
 from thoraxrt.benchmarks.serving_load import Target as Address
 from thoraxrt.benchmarks.targets import INPUTS, Clients, EngineTarget, Input, TargetName, inputs
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.engine.engine import Engine, read_image
+from thoraxrt.engine.engine import Engine, read_image, read_radiograph
 from thoraxrt.engine.errors import RequestError, ServerError, ThoraxrtError
 from thoraxrt.engine.execute import Picture
 from thoraxrt.engine.profile import Profile
@@ -235,13 +235,15 @@ def bench(
     """Measure the bundle on the first 64 of these images, as `Engine.open` and a server open it; minutes.
 
     `checkpoint` is for the peers, see `compare_peers`. Raises BackendUnavailableError without LoadGen, RequestError
-    without images, ImageError for one that cannot be read, and what `Engine.open` raises. An error in an answer does
+    without images, ImageError for one that is no radiograph, and what `Engine.open` raises. An error in an answer does
     not end it, but fails the scenario.
     """
     options = options or BenchOptions()
     loadgen_version = _loadgen_version()
     here = environment()
     opened = Bundle.open(bundle)
+    for path in images[:IMAGES]:
+        read_radiograph(path)  # or it is refused now: what has no pixels would end the turns that are given them
     files = [read_image(path) for path in images[:IMAGES]]
     if not files:
         raise RequestError("no images; expected one or more encoded radiographs")

@@ -16,8 +16,7 @@ from rich.table import Table
 from thoraxrt.benchmarks.auroc import auroc_per_finding
 from thoraxrt.engine.boxes import Box, iobb
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.engine.decode import decode
-from thoraxrt.engine.engine import Engine, Prediction, read_image
+from thoraxrt.engine.engine import Engine, Prediction, read_radiograph
 from thoraxrt.engine.errors import ThoraxrtError
 from thoraxrt.engine.overlay import CORRECT, FALSE_POSITIVE, GROUND_TRUTH, draw_box, heat, radiograph_image
 from thoraxrt.engine.preprocess import PreprocessSpec
@@ -149,7 +148,7 @@ def contact_sheet(records: Sequence[NihRecord], predictions: Sequence[Prediction
     sheet = Image.new("RGB", (3 * _PANEL, len(records) * (_PANEL + _CAPTION)), (16, 16, 16))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for row, (record, prediction) in enumerate(zip(records, predictions, strict=True)):
-        radiograph = decode(read_image(_path(record)))
+        radiograph = read_radiograph(_path(record))
         reported = [finding for finding in prediction.findings if finding.reported]
         boxed = radiograph_image(radiograph)
         for truth in record.boxes:

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from thoraxrt.benchmarks.gpu import Said
 from thoraxrt.engine.backends.tensorrt_plan import PlanOptions
 from thoraxrt.engine.bundle import Bundle, Calibration
-from thoraxrt.engine.decode import decode
-from thoraxrt.engine.engine import image_files, read_image
+from thoraxrt.engine.engine import image_files, read_radiograph
 from thoraxrt.engine.errors import BackendError
 from thoraxrt.engine.plans import compile_plans
 from thoraxrt.engine.preprocess import network_input
@@ -55,7 +54,7 @@ def pixels(folder: Path | None, count: int) -> list[npt.NDArray[np.uint8]]:
     if folder is None:
         made = [phantom(_SEED, index).pixels for index in range(min(count, _COUNT))]
     else:
-        made = [decode(read_image(path)).pixels for path in image_files(folder)[:count]]
+        made = [read_radiograph(path).pixels for path in image_files(folder)[:count]]
     return [made[index % len(made)] for index in range(count)]
 
 

@@ -27,8 +27,7 @@ from rich.table import Table
 from thoraxrt.benchmarks.environment import environment
 from thoraxrt.engine.backends import Backend, available, backend_names, open_backend
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.engine.decode import decode
-from thoraxrt.engine.engine import image_files, read_image
+from thoraxrt.engine.engine import image_files, read_radiograph
 from thoraxrt.engine.preprocess import network_input
 from thoraxrt.export.agreement import agreement
 
@@ -130,7 +129,7 @@ def main(
     files = image_files(folder)[:96]
     if len(files) < batch:
         raise typer.BadParameter(f"{folder} holds {len(files)} radiographs; expected at least a batch of {batch}")
-    inputs = [network_input(decode(read_image(file)).pixels, opened.manifest.preprocess) for file in files]
+    inputs = [network_input(read_radiograph(file).pixels, opened.manifest.preprocess) for file in files]
     here = environment()
     results = compare_precisions(opened, inputs, batch)
     table = Table(

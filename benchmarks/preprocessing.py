@@ -15,8 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from thoraxrt.benchmarks.receipt import DicomPair, Preprocessing
-from thoraxrt.engine.decode import decode
-from thoraxrt.engine.engine import read_image
+from thoraxrt.engine.engine import read_radiograph
 from thoraxrt.engine.errors import DatasetError
 from thoraxrt.engine.preprocess import PreprocessSpec, Shorter, network_input
 from thoraxrt.export import Track, no_progress
@@ -38,7 +37,7 @@ def preprocessing_parity(
     for path in track(chosen, "Comparing with Pillow", len(chosen)):
         theirs = torchvision_input(path, spec)
         if theirs is not None:
-            ours = network_input(decode(read_image(path)).pixels, spec)
+            ours = network_input(read_radiograph(path).pixels, spec)
             largest[path.name] = _difference(ours[0, :, :, np.newaxis], theirs)
     if not largest:
         return None
@@ -101,7 +100,7 @@ def dicom_pairs(folder: Path, images: Mapping[str, Path], spec: PreprocessSpec) 
 
 
 def _pair(image: Path, dicom: Path, spec: PreprocessSpec) -> DicomPair:
-    png, other = (decode(read_image(path)).pixels for path in (image, dicom))
+    png, other = (read_radiograph(path).pixels for path in (image, dicom))
     return DicomPair(
         image=image.name,
         dicom=dicom.name,

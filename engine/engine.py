@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from thoraxrt.engine.boxes import Box, boxes_from_regions, sort_boxes
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.engine.decode import Decoder, Radiograph, ThreadDecoder
+from thoraxrt.engine.decode import Decoder, Radiograph, ThreadDecoder, decode
 from thoraxrt.engine.errors import (
     BackendError,
     DatasetError,
@@ -45,7 +45,7 @@ from thoraxrt.engine.execute import (
 from thoraxrt.engine.postprocess import Finding, findings_from_logits, thresholds
 from thoraxrt.engine.profile import Profile, span
 
-__all__ = ["Batch", "Engine", "Prediction", "Source", "image_files", "listed_images", "read_image"]
+__all__ = ["Batch", "Engine", "Prediction", "Source", "image_files", "listed_images", "read_image", "read_radiograph"]
 
 Source = bytes | str | Path | Picture
 """An image: encoded bytes, a file's path, or a radiograph already decoded, in host memory or in a GPU's."""
@@ -349,6 +349,15 @@ def read_image(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ImageFormatError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def read_radiograph(path: Path) -> Radiograph:
+    """The radiograph in an image file. Raises ImageError, which names the file."""
+    data = read_image(path)
+    try:
+        return decode(data)
+    except ImageError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _ahead(items: Iterable[_T], count: int) -> Iterator[_T]:

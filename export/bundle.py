@@ -33,8 +33,7 @@ from thoraxrt.engine.bundle import (
     Network,
     Skew,
 )
-from thoraxrt.engine.decode import decode
-from thoraxrt.engine.engine import image_files, read_image
+from thoraxrt.engine.engine import image_files, read_radiograph
 from thoraxrt.engine.errors import CheckpointError, DatasetError, RequestError
 from thoraxrt.engine.plans import PRECISIONS, cache_folder
 from thoraxrt.engine.postprocess import OperatingPoint, Softmax
@@ -111,7 +110,7 @@ def export_bundle(
 
     Raises CheckpointError where the model cannot be read or its graph disagrees with the original,
     RequestError where labels or precisions do not fit, DatasetError for unusable image folders,
-    BundleError where `out` exists (unless `replace`) or cannot be written.
+    ImageError for a file in one that is no radiograph, BundleError where `out` exists (unless `replace`) or cannot be written.
     """
     options = options or ExportOptions()
     out = Path(out)
@@ -193,7 +192,7 @@ def _check_images(options: ExportOptions) -> _CheckImages:
     if not paths:
         raise DatasetError(f"{options.images} holds no PNG, JPEG or DICOM file to check the graphs on")
     return _CheckImages(
-        pixels=tuple(decode(read_image(path)).pixels for path in paths),
+        pixels=tuple(read_radiograph(path).pixels for path in paths),
         data=f"{len(paths)} radiographs of {options.images.name}",
     )
 

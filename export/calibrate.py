@@ -27,9 +27,8 @@ import onnxruntime
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from thoraxrt.engine.bundle import MANIFEST
-from thoraxrt.engine.decode import decode
-from thoraxrt.engine.engine import image_files, listed_images, read_image
-from thoraxrt.engine.errors import CheckpointError, DatasetError, ImageError
+from thoraxrt.engine.engine import image_files, listed_images, read_radiograph
+from thoraxrt.engine.errors import CheckpointError, DatasetError
 from thoraxrt.engine.preprocess import PreprocessSpec, network_input
 from thoraxrt.export import Track, no_progress
 from thoraxrt.export.nih import NihDataset, is_nih_layout
@@ -88,13 +87,10 @@ class Part:
     def inputs(self, spec: PreprocessSpec) -> Iterator[npt.NDArray[np.uint8]]:
         """Each one's network input, uint8 `(1, S, S)`, decoded when it is asked for.
 
-        Raises DatasetError where a file is no radiograph.
+        Raises ImageError where a file is no radiograph.
         """
         for sample in self.samples:
-            try:
-                yield network_input(decode(read_image(sample.path)).pixels, spec)
-            except ImageError as error:
-                raise DatasetError(f"calibration image {sample.path}: {error}; leave it out or mend it") from error
+            yield network_input(read_radiograph(sample.path).pixels, spec)
 
     def positive(self, labels: Sequence[str]) -> npt.NDArray[np.bool_] | None:
         """Which findings each one shows, bool `(N, C)` in the order of `labels`; None where any is unlabelled."""

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_curve
 
-from thoraxrt.engine.decode import decode
-from thoraxrt.engine.engine import read_image
+from thoraxrt.engine.engine import read_radiograph
 from thoraxrt.engine.errors import DatasetError
 from thoraxrt.engine.postprocess import Activation, OperatingPoint, logistic
 from thoraxrt.engine.preprocess import PreprocessSpec, network_input
@@ -64,7 +63,7 @@ def operating_points_from_folder(
     session = session_from_graph(graph)
     logits = np.concatenate(
         [
-            session.run(["logits"], {"image": network_input(decode(read_image(path)).pixels, spec)[np.newaxis]})[0]
+            session.run(["logits"], {"image": network_input(read_radiograph(path).pixels, spec)[np.newaxis]})[0]
             for path in track(paths, "Choosing operating points", len(paths))
         ]
     )  # (N, C)

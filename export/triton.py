@@ -73,7 +73,8 @@ def _refuse(plan: CachedPlan, bundle: Bundle) -> None:
     key = plan.record.key
     if key.onnx_sha256 not in {entry.sha256 for entry in bundle.manifest.files.values()}:
         raise BundleError(
-            f"{plan.folder} was compiled from a graph that {bundle.path} does not hold; `thoraxrt compile {bundle.path}` makes its own"
+            f"{plan.folder} was compiled from a graph that {bundle.path} does not hold; "
+            f"`thoraxrt compile {bundle.path}` makes its own"
         )
     if key.runtime != "tensorrt":
         raise RequestError(

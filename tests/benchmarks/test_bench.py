@@ -277,6 +277,15 @@ def test_options_that_make_no_sense_are_refused(sample_bundle: Bundle) -> None:
         bench(sample_bundle.path, [])
 
 
+def test_an_image_that_is_none_is_named_before_anything_is_measured(
+    sample_bundle: Bundle, files: list[bytes], tmp_path: Path
+) -> None:
+    for name, data in (("a.png", files[0]), ("b.png", b"nothing")):
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ImageError, match=r"b\.png: "):
+        bench(sample_bundle.path, sorted(tmp_path.iterdir()))
+
+
 def test_the_command_measures_writes_and_says_where_an_answer_failed(
     result: BenchResult, sample_bundle: Bundle, files: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from thoraxrt.benchmarks.preprocessing import dicom_pairs, preprocessing_parity, torchvision_input
-from thoraxrt.engine.errors import DatasetError
+from thoraxrt.engine.errors import DatasetError, ImageError
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec, Shorter
 
 CHEXNET = PreprocessSpec(resize=Shorter(pixels=256), crop=224)
@@ -108,6 +108,9 @@ def test_dicom_is_compared_with_the_image_that_its_name_names(tmp_path: Path) ->
     same, changed, smaller = dicom_pairs(tmp_path, {png.name: png}, PreprocessSpec(resize=Exact(width=64, height=64)))
     assert (same.image, same.pixels_difference, same.input_difference) == (png.name, 0, 0)
     assert changed.pixels_difference == 16
+    (broken := tmp_path / "d_00000002_000_broken.dcm").write_bytes(b"nothing")
+    with pytest.raises(ImageError, match=f"{broken}: "):
+        dicom_pairs(tmp_path, {png.name: png}, PreprocessSpec(resize=Exact(width=64, height=64)))
     assert smaller.pixels_difference is None
     assert smaller.input_difference > 0
     with pytest.raises(DatasetError, match="names an image at hand"):

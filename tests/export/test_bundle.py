@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from thoraxrt.engine.bundle import Bundle
-from thoraxrt.engine.errors import BundleError, CheckpointError, DatasetError, RequestError
+from thoraxrt.engine.errors import BundleError, CheckpointError, DatasetError, ImageError, RequestError
 from thoraxrt.engine.postprocess import Sigmoid, Softmax
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec
 from thoraxrt.export import agreement as agreement_module
@@ -199,3 +199,12 @@ def test_operating_points_from_a_folder_use_its_train_val_images(
     assert chosen
     count = len((tmp_path / "phantoms" / "train_val_list.txt").read_text().split())
     assert {point.data for point in chosen} == {f"{count} train_val images of phantoms"}
+
+
+@pytest.mark.parametrize("option", ["images", "operating_points"])
+def test_a_file_that_is_no_radiograph_is_named(option: str, checkpoint: Path, options: Options, tmp_path: Path) -> None:
+    write_phantoms(tmp_path / "phantoms", 4, 3)
+    name = (tmp_path / "phantoms" / "train_val_list.txt").read_text().split()[0]
+    (tmp_path / "phantoms" / "images" / name).write_bytes(b"nothing")
+    with pytest.raises(ImageError, match=f"{name}: the file is neither PNG"):
+        export_bundle(checkpoint, tmp_path / "tiny.bundle", options(**{option: tmp_path / "phantoms"}))

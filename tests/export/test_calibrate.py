@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from thoraxrt.engine.errors import CheckpointError, DatasetError
+from thoraxrt.engine.errors import CheckpointError, DatasetError, ImageError
 from thoraxrt.engine.preprocess import Exact, PreprocessSpec
 from thoraxrt.export import calibrate
 from thoraxrt.export.calibrate import (
@@ -124,7 +124,7 @@ def test_a_path_that_is_not_there_and_a_file_that_is_no_radiograph_are_named(tmp
         parts_from_path(tmp_path / "nowhere")
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     sample = calibrate.Sample(path=tmp_path / "bad.png", sha256="", labels=None)
-    with pytest.raises(DatasetError, match=r"bad\.png"):
+    with pytest.raises(ImageError, match=r"bad\.png"):
         list(Part((sample,)).inputs(TINY))
 
 
