@@ -12,6 +12,7 @@ since system calls are not filtered: that is the service manager's, see `SystemC
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import logging
 import math
 import mmap
@@ -27,7 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -65,13 +66,13 @@ class WorkerLimits:
     """What one image may take of a worker process.
 
     `seconds` of wall time, after which the worker is killed, and of CPU time. `memory_bytes` of address space beyond
-    what a worker has when it starts: the default suffices for any image that `DecodeLimits` allows by default, of
-    which the largest took 0.7 GiB and 9 s of a busy core.
+    what a worker has when it starts. The defaults suffice for any image that `DecodeLimits` allows by default: the
+    largest, 50 million pixels of JPEG 2000, took 0.7 GiB and 8 s of a core. One of 12 million took 2 s.
 
     Example: `WorkerLimits(seconds=5)`. Raises ValueError where a limit makes no sense.
     """
 
-    seconds: float = 30.0
+    seconds: float = 10.0
     memory_bytes: int = 1024 * 1024 * 1024
 
     def __post_init__(self) -> None:
@@ -121,7 +122,7 @@ class ProcessDecoder:
         self._order = _Order(limits=limits, keep_stored=keep_stored, worker_limits=worker_limits)
         self._on_replaced = on_replaced
         self._command = _command
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[_Decoding | None] = SimpleQueue()
         self._closing = threading.Event()
         self._submitting = threading.Lock()  # so that nothing is queued once the decoder closes
         self._settled = threading.Event()  # a worker is ready, or none can be started
@@ -152,7 +153,8 @@ class ProcessDecoder:
             except ImageLimitError as error:
                 future.set_exception(error)
             else:
-                self._jobs.put(_Job(future, data))
+                future.data = data
+                self._jobs.put(future)
         return future
 
     def close(self) -> None:
@@ -181,8 +183,8 @@ class ProcessDecoder:
             except Empty:
                 return
             if job is not None:
-                job.future.cancel()
-                job.future.set_running_or_notify_cancel()
+                job.cancel()
+                job.set_running_or_notify_cancel()
 
     # In a worker's thread
 
@@ -206,13 +208,13 @@ class ProcessDecoder:
             if not worker.alive and job.put_back < self.workers:  # it died idle, as all may: not this file's doing
                 job.put_back += 1
                 self._jobs.put(job)
-            elif job.future.set_running_or_notify_cancel():
+            elif job.set_running_or_notify_cancel():
                 try:
-                    radiograph = worker.decode(job.data, job.future)
+                    radiograph = worker.decode(job)
                 except BaseException as error:
-                    job.future.set_exception(error)
+                    job.set_exception(error)
                 else:
-                    job.future.set_result(radiograph)
+                    job.set_result(radiograph)
         finally:
             del job  # the error's traceback holds this frame, and the future the error
         return True
@@ -248,8 +250,8 @@ class ProcessDecoder:
                 job = self._jobs.get(timeout=left)
             except Empty:
                 return
-            if job is not None and job.future.set_running_or_notify_cancel():
-                job.future.set_exception(BackendUnavailableError(reason))
+            if job is not None and job.set_running_or_notify_cancel():
+                job.set_exception(BackendUnavailableError(reason))
 
     def _all_failing(self) -> str | None:
         """Why no thread can have a worker, where none can."""
@@ -257,20 +259,17 @@ class ProcessDecoder:
 
 
 class _Decoding(Future[Radiograph]):
-    """A file's future, which remembers that it was cancelled even where that came too late."""
+    """A file that waits, and its future, which remembers that it was cancelled even where that came too late."""
 
+    data = b""
     unwanted = False
+    put_back = 0
 
     def cancel(self) -> bool:
         self.unwanted = True
-        return super().cancel()
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    future: _Decoding
-    data: bytes
-    put_back: int = field(default=0, init=False)
+        if cancelled := super().cancel():
+            self.data = b""  # nobody counts it any more, although the future may stay in the queue
+        return cancelled
 
 
 # What is said over a worker's socket, a packet each: `_READY` once, then a `_REQUEST` and its reply in turn.
@@ -321,6 +320,7 @@ class _Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 _Reply = _Decoded | _Refused
+_REPLY: Final = msgspec.json.Decoder(_Reply)
 
 _SLOW: Final = "it is too slow"
 _UNWANTED: Final = "nobody waits for it any more"
@@ -350,18 +350,21 @@ class _Worker:
             self._opened = opened.pop_all()
 
     def _open(self, command: Sequence[str], order: _Order, opened: ExitStack) -> None:
-        self._memory = os.memfd_create("thoraxrt-decoding")
-        opened.callback(os.close, self._memory)
-        os.ftruncate(self._memory, order.memory_bytes)
+        self._memory_fd = os.memfd_create("thoraxrt-decoding", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        opened.callback(os.close, self._memory_fd)
+        os.ftruncate(self._memory_fd, order.memory_bytes)
+        # Reading what a worker has cut off would end this process (SIGBUS).
+        fcntl.fcntl(self._memory_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self._memory = opened.enter_context(mmap.mmap(self._memory_fd, order.memory_bytes))
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         opened.enter_context(self._socket)
         with theirs:
             self._process = subprocess.Popen(
-                [*command, str(self._memory), msgspec.json.encode(order).decode()],
+                [*command, str(self._memory_fd), msgspec.json.encode(order).decode()],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                pass_fds=[self._memory],
+                pass_fds=[self._memory_fd],
                 env=_environment(),
             )
         opened.callback(self._end)
@@ -393,30 +396,33 @@ class _Worker:
         """Whether the process still runs."""
         return self._process.poll() is None
 
-    def decode(self, data: bytes, future: _Decoding) -> Radiograph:
+    def decode(self, job: _Decoding) -> Radiograph:
         """What `thoraxrt.engine.decode.decode` gives or raises; the worker is ended where it does neither."""
-        said = self._answer(data, future)
+        size = len(job.data)
+        said = self._answer(job)
         try:
             reply = self._checked(said)
             radiograph = self._radiograph(reply) if isinstance(reply, _Decoded) else None
         except (msgspec.MsgspecError, ValueError, ImageLimitError):
             self._lose("it gave no radiograph")
-        if os.fstat(self._memory).st_blocks * 512 > _KEPT_BYTES:
-            os.ftruncate(self._memory, 0)
-            os.ftruncate(self._memory, self._order.memory_bytes)
+        if max(size, radiograph.values.nbytes if radiograph else 0) > _KEPT_BYTES:
+            self._memory.madvise(mmap.MADV_REMOVE)
         if radiograph is None:
             assert isinstance(reply, _Refused)
             raise getattr(errors, reply.error)(reply.message)
         return radiograph
 
-    def _answer(self, data: bytes, future: _Decoding) -> bytes:
+    def _answer(self, job: _Decoding) -> bytes:
         """The packet that answers a file."""
-        if os.pwrite(self._memory, data, 0) != len(data):  # else what an earlier file left would be decoded
-            raise ImageLimitError(f"not enough memory for a file of {len(data)} bytes; expected less: downscale it")
+        data, job.data = job.data, b""
+        size = len(data)
+        if os.pwrite(self._memory_fd, data, 0) != size:  # else what an earlier file left would be decoded
+            raise ImageLimitError(f"not enough memory for a file of {size} bytes; expected less: downscale it")
+        del data
         self._requests += 1
         try:
-            self._socket.send(_REQUEST.pack(self._requests, len(data)))
-            said = self._said(future)
+            self._socket.send(_REQUEST.pack(self._requests, size))
+            said = self._said(job)
         except OSError:  # its end is closed
             said = b""
         if not said:
@@ -436,7 +442,7 @@ class _Worker:
 
     def _checked(self, said: bytes) -> _Reply:
         """The reply, within its bounds. Raises MsgspecError, ValueError or ImageLimitError for any other."""
-        reply: _Reply = msgspec.json.decode(said, type=_Reply)
+        reply: _Reply = _REPLY.decode(said)
         if reply.number != self._requests:
             raise ValueError("the answer to another request")
         if isinstance(reply, _Decoded):
@@ -446,11 +452,10 @@ class _Worker:
         return reply
 
     def _radiograph(self, reply: _Decoded) -> Radiograph:
-        """A copy of the pixels: the worker can still write to the shared memory. Raises ValueError where they are not there."""
-        values = np.empty((reply.height, reply.width), np.uint16 if reply.table else np.uint8)
-        table = np.empty(_TABLE_BYTES if reply.table else 0, np.uint8)
-        if os.preadv(self._memory, [values.data, table.data], 0) != values.nbytes + table.nbytes:
-            raise ValueError("the shared memory is not as large as it was")
+        """A copy of the pixels: the worker can still write to the shared memory."""
+        shape, kind = (reply.height, reply.width), np.uint16 if reply.table else np.uint8
+        values = np.ndarray(shape, kind, self._memory).copy()  # numpy lets go of the interpreter's lock
+        table = np.ndarray(_TABLE_BYTES if reply.table else 0, np.uint8, self._memory, values.nbytes).copy()
         values.flags.writeable = table.flags.writeable = False
         source = Provenance(
             format=reply.format,
