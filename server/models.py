@@ -534,7 +534,7 @@ class Models:
                 self._retiring.add(timeout)
                 while served.users:
                     await served.unused.wait()
-                await loaded.scheduler.drain(grace_s)
+                await loaded.scheduler.drain()
         except TimeoutError:
             _log.warning("%s version %d was still in use when its time was over", loaded.name, loaded.version)
         finally:

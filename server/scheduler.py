@@ -193,39 +193,28 @@ class Scheduler:
             self._policy.release(ticket)
         self._note_depth()
 
-    async def drain(self, grace_s: float) -> None:
-        """Admit nothing more and answer what has been admitted, for at most `grace_s` seconds.
-
-        What is left then gets ServerError.
-        """
+    async def drain(self) -> None:
+        """Admit nothing more, and wait until what has been admitted is answered; `close` ends what takes too long."""
         self._refusal = "the model is being unloaded"
         self._empty = asyncio.Event()
         self._note_depth()
-        try:
-            await asyncio.wait_for(self._empty.wait(), grace_s)
-        except TimeoutError:
-            _log.warning("%s: %d images were not answered within %g s", self.model, self._policy.images, grace_s)
-        self._abandon()
+        await self._empty.wait()
 
     async def close(self) -> None:
         """Give what is left ServerError, and wait for the engine's thread: it ends after the batch that it runs."""
         self._refusal = "the model has been unloaded"
-        self._abandon()
         if self._timer:
             self._timer.cancel()
         with self._changed:
+            jobs = self._policy.abandon()
             self._closed = True
             self._changed.notify()
-        if self._thread:
-            await asyncio.to_thread(self._thread.join)
-
-    def _abandon(self) -> None:
-        with self._changed:
-            jobs = self._policy.abandon()
         error = ServerError("the model was unloaded before this image's turn; try again later, or another server")
         self._deliver([(job.item, error) for job in jobs])
         for job in jobs:
             self._stop_decoding(job)
+        if self._thread:
+            await asyncio.to_thread(self._thread.join)
 
     def _watch(self, deadline: float | None) -> None:
         """Have `_expire` called at the deadline, or earlier."""
