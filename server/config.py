@@ -11,14 +11,15 @@ import errno
 import json
 import math
 import os
-import socket
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
+import jwt
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from thoraxrt.engine.backends import choose
@@ -32,7 +33,7 @@ from thoraxrt.server.certificates import server_credentials
 from thoraxrt.server.decoding import ProcessDecoder, WorkerLimits
 from thoraxrt.server.models import EngineOptions
 from thoraxrt.server.security import Authenticator, SecurityOptions, check_exposure, is_loopback
-from thoraxrt.server.serve import ServeOptions
+from thoraxrt.server.serve import ServeOptions, try_port
 from thoraxrt.server.telemetry import tracing
 from thoraxrt.server.wire import ENVELOPE_BYTES, MAX_MESSAGE_BYTES
 
@@ -388,16 +389,18 @@ def _look_at_models(config: Config) -> Iterator[Finding]:
             require_parity(bundle, name, choice.precision)
         return f"{bundle.manifest.network.name}, {bundle.sha256[:12]}, would run on {name} {choice.precision}"
 
-    for manifest in manifests:
-        yield _tried(str(manifest.parent), lambda folder=manifest.parent: look(folder))  # type: ignore[misc]
+    looked = {path.parent: _tried(str(path.parent), partial(look, path.parent)) for path in manifests}
+    served = {folder.parent for folder, finding in looked.items() if finding.level == "ok"}
+    for folder, finding in looked.items():
+        if finding.level == "error" and folder.parent in served:  # as the server does, which serves what it can
+            text = f"{finding.text}. Another version of this model can be served"
+            finding = replace(finding, level="warning", text=text)
+        yield finding
 
 
 def _look_at_ports(config: Config) -> Iterator[Finding]:
     def look(host: str, port: int) -> str:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        try_port(host, port)
         return f"{host}, port {port or 'that is free'}, can be listened on"
 
     yield _tried("server.port", lambda: look(config.server.host, config.server.port))
@@ -423,6 +426,13 @@ def _look_at_security(config: Config) -> Iterator[Finding]:
     if server.insecure and not is_loopback(server.host):
         text = f"{server.host} may be reached by others without encryption, or without a password: that is allowed"
         yield Finding(level="warning", about="server.insecure", text=text)
+    if oidc := security.oidc:
+        try:
+            text = f"keys of the provider: {len(jwt.PyJWKClient(oidc.jwks_url, timeout=5.0).get_signing_keys())}"
+            yield Finding(level="ok", about="security.oidc", text=text)
+        except (jwt.PyJWTError, OSError, ValueError) as error:  # no error: the server starts, and asks again
+            text = f"no keys from {oidc.jwks_url}, and without them every token is refused: {error}"
+            yield Finding(level="warning", about="security.oidc", text=text)
 
 
 def _look_at_audit(config: Config) -> Iterator[Finding]:

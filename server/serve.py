@@ -36,7 +36,17 @@ from thoraxrt.server.service import SERVICE_NAME, PredictionService, Streams
 from thoraxrt.server.telemetry import NullTelemetry
 from thoraxrt.server.wire import MAX_MESSAGE_BYTES
 
-__all__ = ["HOST", "PORT", "OneModel", "ServeOptions", "ServedModels", "listening", "running_server", "serve"]
+__all__ = [
+    "HOST",
+    "PORT",
+    "OneModel",
+    "ServeOptions",
+    "ServedModels",
+    "check_can_listen",
+    "listening",
+    "running_server",
+    "serve",
+]
 
 HOST: Final = "127.0.0.1"
 PORT: Final = 8500
@@ -311,7 +321,7 @@ def _channel_options(options: ServeOptions) -> list[tuple[str, int]]:
 def _bind(server: grpc.aio.Server, options: ServeOptions) -> int:
     address = _address(options.host, options.port)
     try:
-        _probe(options.host, options.port)
+        check_can_listen(options.host, options.port)
         if options.security.tls:
             return server.add_secure_port(address, server_credentials(options.security.tls))
         return server.add_insecure_port(address)
@@ -322,7 +332,7 @@ def _bind(server: grpc.aio.Server, options: ServeOptions) -> int:
         ) from error
 
 
-def _probe(host: str, port: int) -> None:
+def check_can_listen(host: str, port: int) -> None:
     """Raise the OSError that says why the address cannot be bound; gRPC raises without a reason, and prints it."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as probe:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -232,12 +238,21 @@ def test_a_bundle_would_be_served(tiny_bundle):
 def test_every_bundle_of_a_repository_is_looked_at(tiny_bundle, tmp_path):
     for name in ("a/1", "a/2", "b/7", ".partial/1"):
         shutil.copytree(tiny_bundle.path, tmp_path / name)
+
+    def levels() -> dict[str, str]:
+        return {about: finding.level for about, finding in checked(tmp_path).items() if about.startswith("/")}
+
+    def expected(**found: str) -> dict[str, str]:
+        return {str(tmp_path / name.replace("_", "/")): level for name, level in found.items()}
+
     (tmp_path / "a/2/model.fp32.onnx").write_bytes(b"damaged")
-    findings = checked(tmp_path)
-    levels = {about: finding.level for about, finding in findings.items() if about.startswith("/")}
-    assert levels == {str(tmp_path / name): level for name, level in (("a/1", "ok"), ("a/2", "error"), ("b/7", "ok"))}
-    assert "model.fp32.onnx" in findings[str(tmp_path / "a/2")].text
-    assert exit_status(findings.values()) == 2
+    assert levels() == expected(a_1="ok", a_2="warning", b_7="ok"), "as a server would start, with version 1"
+    finding = checked(tmp_path)[str(tmp_path / "a/2")]
+    assert "model.fp32.onnx" in finding.text
+    assert finding.text.endswith(". Another version of this model can be served")
+    (tmp_path / "a/1/model.fp32.onnx").write_bytes(b"damaged")
+    assert levels() == expected(a_1="error", a_2="error", b_7="ok")
+    assert exit_status(checked(tmp_path).values()) == 2
 
 
 def test_a_folder_without_a_bundle_is_an_error(tmp_path):
@@ -267,6 +282,15 @@ def test_metrics_for_everybody_are_a_warning(tiny_bundle):
     findings = checked(tiny_bundle.path, metrics__host="0.0.0.0")
     assert findings["metrics.host"].level == "warning"
     assert exit_status(findings.values()) == 0
+
+
+@contextmanager
+def files_of(folder: Path) -> Iterator[str]:
+    """A folder's files over HTTP; gives the URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +325,22 @@ def test_a_certificate_or_a_token_file_that_cannot_be_used_is_an_error(tiny_bund
     assert (finding.level, "holds no private key" in finding.text) == ("error", True)
     finding = checked(tiny_bundle.path, security__tokens__file=tmp_path / "none.toml")["security"]
     assert (finding.level, "none.toml cannot be read" in finding.text) == ("error", True)
+
+
+def test_a_provider_without_keys_is_a_warning(tiny_bundle, tmp_path):
+    def found(url: str) -> Finding:
+        return checked(
+            tiny_bundle.path, security__oidc={"issuer": "https://id", "audience": "thoraxrt", "jwks_url": url}
+        )["security.oidc"]
+
+    key = {"kty": "OKP", "crv": "Ed25519", "kid": "1", "x": "A" * 43}
+    (tmp_path / "keys").write_text(json.dumps({"keys": [key]}))
+    (tmp_path / "none").write_text(json.dumps({"keys": []}))
+    with files_of(tmp_path) as url:
+        assert (found(f"{url}/keys").level, found(f"{url}/keys").text) == ("ok", "keys of the provider: 1")
+        for wrong in ("none", "missing"):
+            assert found(f"{url}/{wrong}").level == "warning"
+            assert f"no keys from {url}/{wrong}, and without them every token" in found(f"{url}/{wrong}").text
 
 
 def test_the_audit_logs_folder_must_be_there_and_writable(tiny_bundle, tmp_path):
