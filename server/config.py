@@ -33,7 +33,7 @@ from thoraxrt.server.certificates import server_credentials
 from thoraxrt.server.decoding import ProcessDecoder, WorkerLimits
 from thoraxrt.server.models import EngineOptions
 from thoraxrt.server.security import Authenticator, SecurityOptions, check_exposure, is_loopback
-from thoraxrt.server.serve import ServeOptions, check_can_listen
+from thoraxrt.server.serve import ServeOptions, try_port
 from thoraxrt.server.telemetry import tracing
 from thoraxrt.server.wire import ENVELOPE_BYTES, MAX_MESSAGE_BYTES
 
@@ -400,7 +400,7 @@ def _look_at_models(config: Config) -> Iterator[Finding]:
 
 def _look_at_ports(config: Config) -> Iterator[Finding]:
     def look(host: str, port: int) -> str:
-        check_can_listen(host, port)
+        try_port(host, port)
         return f"{host}, port {port or 'that is free'}, can be listened on"
 
     yield _tried("server.port", lambda: look(config.server.host, config.server.port))
