@@ -101,6 +101,25 @@ def test_the_unit_stops_the_server_alone_and_waits_for_it(unit):
     assert unit["OOMPolicy"] == "continue"
 
 
+def test_the_unit_is_started_again_whatever_ended_it(unit):
+    assert unit["Restart"] == "always"
+
+
+def test_the_units_steps_run_nothing_that_is_not_there_and_install_from_here():
+    text = (DEPLOY / "thoraxrt.service").read_text()
+    steps = [shlex.split(line) for line in re.findall(r"(?m)^#   (?:until )?(\S.*)$", text)]
+    system = {"useradd", "python3", "install", "cp", "chmod", "systemctl"}
+    assert {step[0] for step in steps if not step[0].startswith("/opt/thoraxrt/bin/")} == system
+    (pip,) = [step for step in steps if step[0] == "/opt/thoraxrt/bin/pip"]
+    assert (REPOSITORY / pip[-1].partition("[")[0] / "pyproject.toml").is_file()
+    files = [word for step in steps for word in step if word.startswith("server/deploy/")]
+    assert files
+    assert all((REPOSITORY / name).is_file() for name in files)
+    models = load_config(DEPLOY / "thoraxrt.toml").models.path
+    (copied,) = [step[-1] for step in steps if step[0] == "cp"]
+    assert Path(copied).parents[1] == models
+
+
 def test_the_unit_runs_the_command_line(unit):
     program, command, flag, file = shlex.split(unit["ExecStart"])
     assert (Path(program).name, command, flag, file) == ("thoraxrt", "serve", "--config", "/etc/thoraxrt/thoraxrt.toml")
@@ -151,6 +170,7 @@ def test_the_last_stage_runs_as_nobody_and_builds_nothing(stages):
     assert last["STOPSIGNAL"] == "SIGTERM"
     assert json.loads(last["ENTRYPOINT"])[:2] == ["thoraxrt", "serve"]
     runs = " ".join(rest for name, rest in stages[-1] if name == "RUN")
+    assert re.search(r"install -d -o 65532 .*/var/cache/thoraxrt /var/log/thoraxrt\b", runs)
     assert "pip uninstall" in runs
     assert not re.search(r"apt-get|pip install|gcc|make", runs)
     assert not [rest for name, rest in stages[-1] if name == "COPY" and "--from=build" in rest and "/source" in rest]
@@ -177,7 +197,7 @@ def test_every_probe_that_is_shown_is_one_that_there_is():
     for name in ("Dockerfile", "kubernetes.yaml", "thoraxrt.service"):
         text = (DEPLOY / name).read_text()
         assert re.search(r"thoraxrt,? health", text), name
-        assert set(re.findall(r"--tls-\w+", text)) == {"--tls-ca", "--tls-name"}, name
+        assert set(re.findall(r"--tls-\w+", text)) == {"--tls-ca", "--tls-name", "--tls-cert", "--tls-key"}, name
 
 
 # Kubernetes
@@ -216,7 +236,7 @@ def test_the_pod_may_do_nothing_but_serve(manifest):
     }
     assert {"requests", "limits"} <= container["resources"].keys()
     writable = [mount["name"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
-    assert writable == ["cache", "tmp"]
+    assert writable == ["cache", "log", "tmp"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
