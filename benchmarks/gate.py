@@ -189,8 +189,6 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for heading, entries in (("not in both", comparison.missing), ("different", comparison.different)):
         if entries:
             console.print(f"{heading}: {'; '.join(entries)}", markup=False)
-    if all(change.verdict == "cannot tell" for change in comparison.changes):
-        console.print("NOTHING COULD BE TOLD: too noisy, or the machine is not as it was", markup=False)
     console.print(
         "Results of another hour may be of another regime of the machine. The sure way is side by side: "
         "thoraxrt bench against PYTHON BUNDLE IMAGES",

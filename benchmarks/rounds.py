@@ -132,11 +132,13 @@ def verdict_from_interval(interval: Interval, margin: float = MARGIN) -> Verdict
 
 
 def change_table(changes: Sequence[Change], title: str) -> Table:
-    """The changes, for a terminal."""
+    """The changes, for a terminal; where none is more than noise, that is said below."""
     table = Table("figure", "before, ms", "after, ms", "ratio", "99 % interval", "", title=title)
     for found in changes:
         table.add_row(
             *(found.figure, f"{found.before_ms:.2f}", f"{found.after_ms:.2f}", f"{found.ratio:.3f}"),
             *(f"{found.interval.low:.3f} to {found.interval.high:.3f}", found.verdict),
         )
+    if all(found.verdict == "cannot tell" for found in changes):
+        table.caption = "nothing could be told: too noisy, or the machine is not as it was"
     return table
