@@ -34,11 +34,10 @@ from thoraxrt.engine.decode import (
     corrupt,
     frame_from_jpeg,
     sealed,
-    translated,
 )
 from thoraxrt.engine.errors import ImageContentError, ImageFormatError
 
-__all__ = ["radiograph_from_dicom", "table_from_dicom"]
+__all__ = ["radiograph_from_dicom"]
 
 # The frame markers that each compressed transfer syntax allows (PS3.5, 8.2).
 _MARKERS = {
@@ -282,8 +281,8 @@ def _values_from_jpeg(stream: bytes, frame: Frame) -> npt.NDArray[Any]:
     return values
 
 
-def table_from_dicom(dataset: Dataset) -> Pixels:
-    """The table from a DICOM image's stored values to 8 bits, uint8 `(65536,)`, read-only.
+def _table_from_luts(dataset: Dataset, module: Dataset) -> Pixels:
+    """The table from a DICOM image's stored values to 8 bits, uint8 `(65536,)`, read-only; `module` from `_lut_module`.
 
     Indexed by the uint16 bit pattern of the stored value (two's complement where Pixel
     Representation is 1); bits above Bits Stored make no difference. 0 is black, 255 white.
@@ -293,14 +292,8 @@ def table_from_dicom(dataset: Dataset) -> Pixels:
     MONOCHROME1 is inverted (PS3.3 C.7.6.3.1.2). A VOI LUT Sequence goes before a window. Without
     either, the full stored range is used, which is the identity for 8 unsigned bits.
 
-    `dataset` is not changed. Raises ImageContentError for a window, slope or LUT that makes no
-    sense, ImageFormatError for elements that cannot be read.
+    `dataset` is not changed. Raises ImageContentError for a window, slope or LUT that makes no sense.
     """
-    with translated("DICOM"):
-        return _table_from_luts(dataset, _lut_module(dataset))
-
-
-def _table_from_luts(dataset: Dataset, module: Dataset) -> Pixels:
     bits, signed = _depth(dataset)
     stored = np.arange(1 << bits, dtype=np.int32)  # (2**bits,)
     if signed:

@@ -37,7 +37,6 @@ __all__ = [
     "current_device",
     "host_platform",
     "installed_flavour",
-    "layer_types_from_onnx",
     "listening",
     "plan_from_onnx",
     "supported_options",
@@ -282,12 +281,6 @@ def plan_from_onnx(graph: bytes, options: PlanOptions, timing_cache: bytes = b""
             )
         kept = None if timings is None else bytes(timings.serialize())
         return Plan(bytes(data), kept, _layer_types(parsed.network))
-
-
-def layer_types_from_onnx(graph: bytes) -> LayerTypes:
-    """The types of the network that TensorRT parses from a serialised graph; builds nothing. Raises as `plan_from_onnx`."""
-    with listening(flavour := installed_flavour()) as logger:
-        return _layer_types(_parse(graph, flavour, logger).network)
 
 
 class _Parsed(NamedTuple):

@@ -38,10 +38,14 @@ from pydicom.uid import (
 )
 
 from thoraxrt.engine.decode import DecodeLimits, decode
-from thoraxrt.engine.dicom import table_from_dicom
+from thoraxrt.engine.dicom import _lut_module, _table_from_luts
 from thoraxrt.engine.errors import ImageContentError, ImageError, ImageFormatError, ImageLimitError
 
 Bytes = npt.NDArray[np.uint8]
+
+
+def table_from_dicom(ds: Dataset) -> Bytes:
+    return _table_from_luts(ds, _lut_module(ds))
 
 
 def picture(height: int = 40, width: int = 48, seed: int = 0) -> Bytes:

@@ -21,10 +21,10 @@ from thoraxrt.engine.backends import tensorrt_plan
 from thoraxrt.engine.backends.tensorrt_plan import (
     Device,
     Flavour,
+    LayerTypes,
     PlanOptions,
     current_device,
     installed_flavour,
-    layer_types_from_onnx,
     listening,
     plan_from_onnx,
     supported_options,
@@ -81,15 +81,19 @@ def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
     return found
 
 
+def layers(graph: bytes) -> LayerTypes:
+    return plan_from_onnx(graph, SM86).layers
+
+
 @pytest.mark.usefixtures("rtx")
 def test_convolutions_are_counted_by_the_type_they_compute_in(sample_bundle: Bundle) -> None:
-    single, half = (layer_types_from_onnx(sample_bundle.read(f"model.{name}.onnx")) for name in ("fp32", "fp16"))
+    single, half = (layers(sample_bundle.read(f"model.{name}.onnx")) for name in ("fp32", "fp16"))
     count = sum(single.convolutions.values())
     assert single.convolutions == {"fp32": count}
     assert half.convolutions == {"fp16": count - 1, "fp32": 1}  # the CAM
     assert half.layers["CAST UINT8 -> HALF"] == 1
     assert half.layers["CONVOLUTION HALF -> HALF"] == count - 1
-    quantised = layer_types_from_onnx(quantised_graph().SerializeToString())
+    quantised = layers(quantised_graph().SerializeToString())
     assert quantised.convolutions == {"fp32": 1, "int8": 1}
     assert str(quantised) == "convolutions by the graph's types: 1 fp32, 1 int8"
     assert quantised.layers["QUANTIZE FLOAT, FLOAT, FLOAT -> INT8"] == 1
@@ -99,12 +103,12 @@ def test_convolutions_are_counted_by_the_type_they_compute_in(sample_bundle: Bun
 def test_a_convolution_with_one_quantised_side_is_not_int8() -> None:
     model = quantised_graph()
     node(model, "conv").input[0] = "positive"
-    assert layer_types_from_onnx(model.SerializeToString()).convolutions == {"fp32": 2}
+    assert layers(model.SerializeToString()).convolutions == {"fp32": 2}
     model = quantised_graph()
     wide = np.random.default_rng(1).normal(size=(16, 8, 3, 3)).astype(np.float32)
     model.graph.initializer.append(numpy_helper.from_array(wide, "wide"))
     node(model, "conv").input[1] = "wide"
-    assert layer_types_from_onnx(model.SerializeToString()).convolutions == {"fp32": 2}
+    assert layers(model.SerializeToString()).convolutions == {"fp32": 2}
 
 
 @pytest.mark.usefixtures("rtx")
@@ -120,7 +124,6 @@ def test_plans_compile_without_a_gpu_and_repeat(
     plan = plan_from_onnx(graph, SM86)
     assert len(plan.data) > 100_000
     assert plan.timing_cache is None
-    assert plan.layers == layer_types_from_onnx(graph)
     assert plan_from_onnx(graph, SM86).data == plan.data
     assert capfd.readouterr() == ("", "")
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from thoraxrt.engine.backends import open_backend
-from thoraxrt.engine.backends.tensorrt_plan import layer_types_from_onnx
+from thoraxrt.engine.backends.tensorrt_plan import PlanOptions, plan_from_onnx
 from thoraxrt.engine.bundle import Bundle
 from thoraxrt.engine.errors import DatasetError, RequestError
 from thoraxrt.engine.postprocess import Sigmoid
@@ -160,7 +160,7 @@ def test_tensorrt_sees_the_types_that_the_manifest_says(precision: str, exported
     pytest.importorskip("tensorrt_rtx")
     graph = exported.bundle.read(f"model.{precision}.onnx")
     convolutions = sum(node.op_type == "Conv" for node in onnx.load_from_string(graph).graph.node)
-    seen = layer_types_from_onnx(graph).convolutions
+    seen = plan_from_onnx(graph, PlanOptions(targets=("sm86",))).layers.convolutions
     calibration = exported.bundle.manifest.calibration
     assert calibration is not None
     expected = {
