@@ -46,7 +46,10 @@ CLOSING = """import asyncio
     class Closing(OneModel):
         async def close(self):
             print("closing", flush=True)
-            await asyncio.shield(asyncio.create_task(asyncio.sleep(60)))
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(60)  # a model goes only when what it answers has ended
     serve(Closing"""
 
 
