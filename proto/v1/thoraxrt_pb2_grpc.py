@@ -92,8 +92,8 @@ class PredictionServiceServicer(object):
 
         The stream itself ends with OK once the client has closed its side and all is answered; with
         INVALID_ARGUMENT for a message that cannot be parsed, RESOURCE_EXHAUSTED where too many streams
-        are open, or any status of the table that is not about an image. What was in flight then has
-        no answer, and may be sent again.
+        are open, or any status of the table that is not about an image. What was in flight is answered
+        before that, unless answering is what failed; what has no answer may be sent again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
