@@ -42,10 +42,10 @@ __all__ = [
     "OneModel",
     "ServeOptions",
     "ServedModels",
-    "check_can_listen",
     "listening",
     "running_server",
     "serve",
+    "try_port",
 ]
 
 HOST: Final = "127.0.0.1"
@@ -321,7 +321,7 @@ def _channel_options(options: ServeOptions) -> list[tuple[str, int]]:
 def _bind(server: grpc.aio.Server, options: ServeOptions) -> int:
     address = _address(options.host, options.port)
     try:
-        check_can_listen(options.host, options.port)
+        try_port(options.host, options.port)
         if options.security.tls:
             return server.add_secure_port(address, server_credentials(options.security.tls))
         return server.add_insecure_port(address)
@@ -332,7 +332,7 @@ def _bind(server: grpc.aio.Server, options: ServeOptions) -> int:
         ) from error
 
 
-def check_can_listen(host: str, port: int) -> None:
+def try_port(host: str, port: int) -> None:
     """Raise the OSError that says why the address cannot be bound; gRPC raises without a reason, and prints it."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as probe:
