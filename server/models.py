@@ -16,15 +16,15 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
+from weakref import WeakValueDictionary
 
 from thoraxrt.engine.bundle import MANIFEST, Bundle
 from thoraxrt.engine.decode import Decoder, Radiograph
@@ -155,9 +155,10 @@ class Models:
     the longest deadline of a request to answer all it has, and `grace_s` seconds once the models are closed; what is
     left then gets ServerError. With `poll_s`, the folder is looked at so often, from `start` on.
 
-    All methods are for one event loop's thread, and none is slow there. Those that load or unload run one after the
-    other, so that there are never more engines than are served and one more. Each goes on to its end where its caller
-    is cancelled.
+    All methods are for one event loop's thread, and none is slow there. A model's changes run one after the other, and
+    bundles are opened one at a time: beside the engines that are served there is one that is being opened, and what
+    each model's change has replaced or unloaded, until its last users have gone. A change goes on to its end where its
+    caller is cancelled.
 
     Example:
         async with Models(path, decoder, BatchingOptions(), telemetry) as models:
@@ -192,7 +193,8 @@ class Models:
         self._poll_s = poll_s
         self._slots: dict[str, dict[int, _Slot]] = {}
         self._asked: dict[tuple[str, int | None], bool] = {}  # to be served or not, whatever the policy says
-        self._turn = asyncio.Lock()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # to change a model
+        self._opening = asyncio.Lock()
         self._changes: set[asyncio.Task[None]] = set()
         self._retiring: set[asyncio.Timeout] = set()
         self._polling: asyncio.Task[None] | None = None
@@ -257,9 +259,10 @@ class Models:
         if not self._loaded:
             raise ServerError("the models are not loaded yet; try again later, or another server")
         if name is None:
-            name, *others = self._names() or [""]
-            if others:
-                raise ModelNotFoundError(f"no model is named; expected one of {', '.join([name, *others])}")
+            if len(names := self._names()) != 1:
+                expected = f"no model is named; expected one of {', '.join(names)}" if names else "no model is served"
+                raise ModelNotFoundError(expected)
+            name = names[0]
         served = {v: slot.served for v, slot in self._slots.get(name, {}).items() if slot.served}
         if version is None and served:
             version = max(served)
@@ -281,7 +284,7 @@ class Models:
         first one met. Where some are served, it returns: `index` and `ready` tell of the others.
         """
         errors: list[ThoraxrtError] = []
-        await self._change(partial(self._refresh, errors, again=True))
+        await self._change(self._refresh(errors, again=True))
         if errors and not self._names():
             raise errors[0]
         if self._poll_s is not None and self._polling is None:
@@ -293,7 +296,7 @@ class Models:
         Why a bundle is refused stands in `index`; it is tried again once a file of it has changed. Raises BundleError
         where the folder cannot be read or holds no model: so does a missing mount, and `unload` is for who means it.
         """
-        await self._change(partial(self._refresh, [], again=False))
+        await self._change(self._refresh([], again=False))
 
     async def load(self, name: str, version: int | None = None) -> None:
         """Serve a model as the policy says, or a version whatever it says; replace it where its bundle has changed.
@@ -302,14 +305,14 @@ class Models:
         version, else what the version met (by default the highest that has been tried): BundleError, SignatureError,
         BackendError, RequestError. What was served before is then still served.
         """
-        await self._change(partial(self._load, name, version))
+        await self._change(self._load(name, version))
 
     async def unload(self, name: str, version: int | None = None) -> None:
         """Serve a model, or one version of it, no more until `load`; return once it is closed.
 
         Raises ModelNotFoundError where there is none.
         """
-        await self._change(partial(self._unload, name, version))
+        await self._change(self._unload(name, version))
 
     async def close(self) -> None:
         """Answer what has been admitted, within the grace, and close every model; closing twice is harmless."""
@@ -320,7 +323,9 @@ class Models:
         for timeout in self._retiring:
             if not timeout.expired() and (timeout.when() or 0.0) > until:
                 timeout.reschedule(until)
-        await self._change(self._close)
+        await self._change(self._stop_serving(self._all()))
+        while self._changes:
+            await asyncio.wait(self._changes)
 
     async def __aenter__(self) -> Self:
         return self
@@ -330,14 +335,9 @@ class Models:
     ) -> None:
         await self.close()
 
-    async def _change(self, change: Callable[[], Awaitable[None]]) -> None:
-        """Run a change when it is its turn, to its end."""
-
-        async def in_turn() -> None:
-            async with self._turn:
-                await change()
-
-        task = asyncio.create_task(in_turn())
+    async def _change(self, change: Coroutine[Any, Any, None]) -> None:
+        """Run a change to its end."""
+        task = asyncio.create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
         await asyncio.shield(task)
@@ -355,42 +355,39 @@ class Models:
             else:
                 said = ""
 
-    # In turn
+    def _turn(self, name: str) -> asyncio.Lock:
+        return self._turns.setdefault(name, asyncio.Lock())
 
     async def _refresh(self, errors: list[ThoraxrtError], *, again: bool) -> None:
-        found = await self._folders()
-        if not found:
-            raise BundleError(
-                f"{self._path} holds no model; expected a bundle, or folders <name>/<version> that each are one: "
-                "see that it is the right folder, and mounted"
-            )
-        for name in sorted(found.keys() | self._slots.keys()):
-            errors += (await self._sync(name, found.get(name, {}), again=again)).values()
+        for name in sorted((await self._folders()).keys() | self._slots.keys()):
+            async with self._turn(name):
+                found = await self._folders()  # as it is now
+                errors += (await self._sync(name, found.get(name, {}), again=again)).values()
+        self._loaded = True
         self._note_ready()
 
     async def _load(self, name: str, version: int | None) -> None:
-        found = await self._folders()
-        if name not in found or version not in (None, *found[name]):
-            there = ", ".join(f"{name} version {v}" for name, versions in found.items() for v in sorted(versions))
-            what = f"model {name[:128]!r}" + ("" if version is None else f" version {version}")
-            raise ModelNotFoundError(f"{self._path} holds no {what}; expected one of {there or 'none'}")
-        self._ask(name, version, served=version is not None or None)
-        errors = await self._sync(name, found[name], again=True)
+        async with self._turn(name):
+            found = await self._folders()
+            if name not in found or version not in (None, *found[name]):
+                there = ", ".join(f"{name} version {v}" for name, versions in found.items() for v in sorted(versions))
+                what = f"model {name[:128]!r}" + ("" if version is None else f" version {version}")
+                raise ModelNotFoundError(f"{self._path} holds no {what}; expected one of {there}")
+            self._ask(name, version, served=version is not None or None)
+            errors = await self._sync(name, found[name], again=True)
         self._note_ready()
         if errors and (version is None or version in errors):
             raise errors[max(errors) if version is None else version]
 
     async def _unload(self, name: str, version: int | None) -> None:
-        self._check_open()
-        slots = self._slots.get(name, {})
-        if not slots or version not in (None, *slots):
-            raise self._not_found(name, version)
-        self._ask(name, version, served=False)
-        await self._stop_serving([(name, v, slot) for v, slot in slots.items() if version in (None, v)])
+        async with self._turn(name):
+            self._check_open()
+            slots = self._slots.get(name, {})
+            if not slots or version not in (None, *slots):
+                raise self._not_found(name, version)
+            self._ask(name, version, served=False)
+            await self._stop_serving([(name, v, slot) for v, slot in slots.items() if version in (None, v)])
         self._note_ready()
-
-    async def _close(self) -> None:
-        await self._stop_serving(self._all())
 
     def _check_open(self) -> None:
         if self._closing:
@@ -400,7 +397,13 @@ class Models:
         self._check_open()
         if self._alone:
             return {self._path.stem: {1: self._path}}
-        return await asyncio.to_thread(_folders, self._path)
+        found = await asyncio.to_thread(_folders, self._path)
+        if not found:
+            raise BundleError(
+                f"{self._path} holds no model; expected a bundle, or folders <name>/<version> that each are one: "
+                "see that it is the right folder, and mounted"
+            )
+        return found
 
     def _ask(self, name: str, version: int | None, *, served: bool | None) -> None:
         """Remember what was asked for last; for a whole model, it is all that was."""
@@ -413,8 +416,7 @@ class Models:
         return self._asked.get((name, version), self._asked.get((name, None)))
 
     def _note_ready(self) -> None:
-        self._loaded = True
-        self._was_ready |= all(
+        self._was_ready |= self._loaded and all(
             any(slot.served or slot.reason == _UNLOADED for slot in slots.values()) for slots in self._slots.values()
         )
 
@@ -431,7 +433,6 @@ class Models:
             if asked is False:
                 kept |= slots.keys() & {version}
             elif asked or self._latest is None or loaded < self._latest:
-                self._check_open()
                 kept.add(version)
                 slot = slots.setdefault(version, _Slot())
                 if error := await self._load_changed(name, version, folders[version], slot, again=again):
@@ -465,7 +466,7 @@ class Models:
             else:
                 error = None
             slot.state, slot.reason = ModelState.UNAVAILABLE, str(error or "")
-        if error:
+        if error and not self._closing:
             _log.error("%s version %d is refused: %s", name, version, error)
             self._telemetry.load_failed(name)
         return error
@@ -473,17 +474,23 @@ class Models:
     async def _replace(self, name: str, version: int, folder: Path, slot: _Slot) -> None:
         """Load a bundle and serve it in the place of the slot's, unless it is the same. Raises what it met."""
         slot.state, old = ModelState.LOADING, slot.served
-        engine = await asyncio.to_thread(self._open, folder, old.loaded.bundle.sha256 if old else "")
-        if engine is None:
-            return
-        scheduler = Scheduler(engine, self._decoder, self._batching, self._telemetry, model=name, queued=self._queued)
-        loaded = Loaded(name=name, version=version, bundle=engine.bundle, engine=engine, scheduler=scheduler)
-        try:
-            await scheduler.warm_up()
-        except BaseException:
-            await _close(loaded)
-            raise
-        slot.served = _Served(loaded)
+        async with self._opening:
+            self._check_open()
+            engine = await asyncio.to_thread(self._open, folder, old.loaded.bundle.sha256 if old else "")
+            if engine is None:
+                return
+            scheduler = Scheduler(
+                engine, self._decoder, self._batching, self._telemetry, model=name, queued=self._queued
+            )
+            loaded = Loaded(name=name, version=version, bundle=engine.bundle, engine=engine, scheduler=scheduler)
+            try:
+                self._check_open()
+                await scheduler.warm_up()
+                self._check_open()
+            except BaseException:
+                await _close(loaded)
+                raise
+            slot.served = _Served(loaded)
         sha256 = engine.bundle.sha256
         _log.info("%s version %d is served (%s %s, %s)", name, version, engine.backend, engine.precision, sha256[:12])
         self._telemetry.loaded(name, str(version), sha256=sha256, backend=engine.backend, precision=engine.precision)

@@ -7,6 +7,8 @@ import gc
 import itertools
 import json
 import shutil
+import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -87,7 +89,7 @@ class Opened:
     def __init__(self) -> None:
         self.engines: list[Engine] = []
         self.most = 0
-        self.before: Callable[[Path], None] = lambda path: None
+        self.before: Callable[[Path], object] = lambda path: None
 
     @property
     def open(self) -> int:
@@ -596,6 +598,7 @@ def test_who_loads_a_model_is_told_of_its_highest_version(repository: Repository
 
     async def scenario() -> None:
         async with models_of(repository.path) as models:
+            await models.start()
             with pytest.raises(BackendError, match="not finite"):
                 await models.load("tiny")
             with pytest.raises(BundleError, match="bytes, expected at most"):
@@ -769,6 +772,8 @@ def test_versions_are_loaded_and_unloaded_by_request(repository: Repository, ope
             await models.unload("tiny")
             await models.refresh()
             assert set(states(models).values()) == {UNAVAILABLE}
+            with pytest.raises(ModelNotFoundError, match=r"^no model is served$"), models.lease():
+                pass
             await models.load("tiny")
             assert states(models) == {("tiny", 3): READY}
 
@@ -809,6 +814,14 @@ def test_changes_at_once_are_made_one_after_the_other(repository: Repository, op
     repository.put(1, 0.0)
     repository.put(1, 5.0, "other")
 
+    def one_at_a_time(path: Path) -> None:
+        begun.append(path)
+        time.sleep(0.01)
+        assert len(begun) == len(opened.engines) + 1
+
+    begun: list[Path] = []
+    opened.before = one_at_a_time
+
     async def scenario() -> None:
         async with models_of(repository.path) as models:
             await asyncio.gather(models.load("tiny"), models.load("tiny"), models.load("other"), models.start())
@@ -846,31 +859,113 @@ def test_a_change_goes_on_where_its_caller_is_cancelled(repository: Repository, 
     run(scenario)
 
 
-def test_closing_ends_what_is_being_loaded_and_refuses_the_rest(repository: Repository, opened: Opened) -> None:
+def test_a_model_that_is_still_used_keeps_no_other_from_being_changed(repository: Repository, opened: Opened) -> None:
     repository.put(1, 0.0)
     repository.put(1, 5.0, "other")
 
     async def scenario() -> None:
         async with models_of(repository.path) as models:
-            await models.load("other")
-            loading = asyncio.create_task(models.load("tiny"))
-            await until(lambda: ("tiny", 1) in states(models))
-            waiting = asyncio.create_task(models.refresh())
-            await asyncio.sleep(0)
+            await models.start()
+            with models.lease("tiny"):
+                new = repository.put(1, 1.0)
+                replacing = asyncio.create_task(models.load("tiny"))
+                await until(lambda: served(models, "tiny") == new)
+                await models.unload("other")
+                await models.load("other")
+                assert states(models) == {("other", 1): READY, ("tiny", 1): READY}
+                unloading = asyncio.create_task(models.unload("tiny"))  # its own changes wait
+                await asyncio.sleep(0.05)
+                assert not replacing.done()
+                assert served(models, "tiny") == new
+            await asyncio.gather(replacing, unloading)
+            assert opened.open == 1
+
+    run(scenario)
+
+
+def test_no_load_makes_the_server_ready_before_its_start_has_ended(repository: Repository, opened: Opened) -> None:
+    repository.put(1, 0.0, "first")
+    repository.put(1, 0.0, "second")
+    found = threading.Event()
+    opened.before = lambda path: "first" in path.parts or found.wait(60)
+
+    async def scenario() -> None:
+        async with models_of(repository.path) as models:
+            starting = asyncio.create_task(models.start())
+            await until(lambda: READY in states(models).values())
+            await models.load("first")
+            assert not models.ready()
+            with pytest.raises(ServerError, match="not loaded yet"), models.lease("second"):
+                pass
+            found.set()
+            await starting
+            assert models.ready()
+
+    run(scenario)
+
+
+def test_closing_ends_what_is_being_loaded_and_refuses_the_rest(
+    repository: Repository, opened: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository.put(1, 5.0, "other")
+    opening, closing = threading.Event(), threading.Event()
+
+    async def scenario() -> None:
+        record = Record()
+        async with models_of(repository.path, record) as models:
+            await models.start()
+            repository.put_files(1, graph=tiny_graph(faulty=True))
+            repository.put(1, 0.0, "waiting")
+            opened.before = lambda path: (opening.set(), closing.wait(60))
+            changes = [asyncio.create_task(models.load("tiny"))]
+            await until(opening.is_set)
+            changes += [asyncio.create_task(change) for change in (models.load("waiting"), models.refresh())]
+            await until(lambda: ("waiting", 1) in states(models))
             with models.lease("other") as loaded:
-                closing = [asyncio.create_task(models.close()) for _ in range(2)]
-                await loading
-                with pytest.raises(ServerError, match="stopping"):
-                    await waiting
-                assert not models.ready()
+                ends = [asyncio.create_task(models.close()) for _ in range(2)]
+                await until(lambda: ("other", "1") not in record.served)
                 with pytest.raises(ServerError, match="stopping"), models.lease("other"):
                     pass
+                assert not models.ready()
                 assert not loaded.engine._closed
-            await asyncio.gather(*closing)
+                closing.set()  # the plan has been built: nobody waits for the model to be warm
+                for change in changes:
+                    with pytest.raises(ServerError, match="stopping"):
+                        await change
+            await asyncio.gather(*ends)
             assert opened.open == 0
+            assert len(opened.engines) == 2  # and no other was begun
+            assert record.served == {}
+            assert record.failures == []
             for change in (models.refresh(), models.load("tiny"), models.unload("tiny"), models.start()):
                 with pytest.raises(ServerError, match="stopping"):
                     await change
+
+    run(scenario)
+    assert not caplog.records
+
+
+def test_what_gets_warm_while_all_are_closed_is_closed_too(
+    repository: Repository, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.put(1, 0.0)
+
+    async def scenario() -> None:
+        async with models_of(repository.path) as models:
+            warming = asyncio.Event()
+            warm_up = Models.__init__.__globals__["Scheduler"].warm_up
+
+            async def noted(scheduler: Any) -> None:
+                warming.set()
+                await warm_up(scheduler)
+
+            monkeypatch.setattr(Models.__init__.__globals__["Scheduler"], "warm_up", noted)
+            starting = asyncio.create_task(models.start())
+            await warming.wait()
+            await models.close()
+            assert [engine._closed for engine in opened.engines] == [True]
+            with pytest.raises(ServerError, match="stopping"):
+                await starting
 
     run(scenario)
 
