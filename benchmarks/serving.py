@@ -109,7 +109,7 @@ def _one_at_a_time(engine: Engine, address: str, files: Sequence[bytes], times: 
             data = files[number % len(files)]
             request = predict_request(data)
             works = [partial(engine.predict_one, data), *(partial(call, request) for call in calls)]
-            works.append(lambda data=data: engine.predict_one(decode(data, alone=True)))  # type: ignore[misc]
+            works.append(partial(_predict_decoded_alike, engine, data))
             if number % 2:  # neither always comes first
                 works[:2] = works[1::-1]
             seconds = [_seconds(work) for work in works]
@@ -118,6 +118,10 @@ def _one_at_a_time(engine: Engine, address: str, files: Sequence[bytes], times: 
             if number >= 0:
                 found.append(tuple(seconds))
     return found
+
+
+def _predict_decoded_alike(engine: Engine, data: bytes) -> None:
+    engine.predict_one(decode(data, alone=True))
 
 
 def open_loop(server: Served, load: Load, files: Sequence[bytes], seconds: float, rounds: int) -> dict[str, Any]:
