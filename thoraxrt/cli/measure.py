@@ -342,7 +342,7 @@ def bench_compare(
         bool, typer.Option("--anyway", help="Also where bundle, backend, precision or machine differ.")
     ] = False,
 ) -> None:
-    """What changed beyond noise; exit status 1 where something got slower than in every earlier result.
+    """What changed beyond noise; exit status 1 where something got slower than in every earlier result whose yardstick agrees.
 
     A shared machine has slow hours that look like a slower build. The sure way is `bench against`.
 
