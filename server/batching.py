@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
@@ -42,6 +42,10 @@ _SHARE_WEIGHT: Final = 0.05
 
 _ENOUGH: Final = 1.03
 """A batch pays where an image in it takes at most so many times what one takes in the best batch."""
+
+_CLEARLY: Final = 1.1
+"""A size that paid goes on to until it takes so many times the best: times scatter, and whenever a smaller size gets its
+turn, those who do not fit wait for one batch more."""
 
 _SLACK: Final = 2.0
 """A batch's learned time is not believed where it is so many times what other sizes say; see `_Times`."""
@@ -181,6 +185,7 @@ class Batcher(Generic[T]):
     ) -> None:
         self.options = options
         self.times = _Times(options.sizes)
+        self._paying = 0  # a batch's size; see `_batch_size`
         self._ahead = ahead
         self._clock = clock
         self._numbers = itertools.count()
@@ -431,14 +436,22 @@ class Batcher(Generic[T]):
         return batch
 
     def _batch_size(self, ready: int) -> int:
-        """The smallest batch that gives about as many images a second as the best: a larger one delays its first.
+        """All that is ready, up to the size that pays; fewer where a smaller bucket clearly pays more."""
+        paying = self._size_that_pays(self.options.sizes, self._paying)
+        self._paying = paying if self.times.of(1) else 0  # nothing is known yet
+        ready = min(ready, paying)
+        return self._size_that_pays((*(n for n in self.options.sizes if n < ready), ready), ready)
 
-        It fills its bucket, or is all that is ready, which it is too where nothing is known.
+    def _size_that_pays(self, sizes: Sequence[int], present: int) -> int:
+        """The present one unless another gives clearly more images a second, the largest where nothing is known.
+
+        Then the smallest that gives about as many as the best: a larger one delays its first.
         """
-        ready = min(ready, self.options.max_batch)
-        per_image = {n: self.times.of(n) / n for n in (*(n for n in self.options.sizes if n < ready), ready)}
-        enough = _ENOUGH * min(per_image.values())
-        return min(n for n, seconds in per_image.items() if seconds <= enough) if enough else ready
+        per_image = {n: self.times.of(n) / n for n in sizes}
+        best = min(per_image.values())
+        if per_image.get(present, math.inf) <= _CLEARLY * best:
+            return present
+        return min(n for n, seconds in per_image.items() if seconds <= _ENOUGH * best) if best else max(sizes)
 
     def batch_done(self) -> None:
         """The oldest batch has left the engine, its images are answered."""

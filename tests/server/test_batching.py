@@ -270,6 +270,23 @@ def test_a_batch_is_no_larger_than_pays(per_image, taken):
     assert hands.batch() == taken
 
 
+def test_the_size_that_pays_stays_until_another_clearly_pays_more():
+    """Whoever does not fit because it got smaller waits for a whole batch more."""
+    hands = Hands(max_batch=4, default_deadline_s=60)
+    seconds = {1: 0.12, 2: 0.12, 3: 0.1, 4: 0.099}  # that an image takes
+    for size, each in seconds.items():
+        hands.policy.times.learn_batch(size, size * each)
+    taken = []
+    for seconds[3] in (0.12, 0.09, 0.12, 0.09, 0.13, 0.13, 0.13, 0.13):  # of the latest, a fifth is learned
+        hands.ready("abcd")
+        while batch := hands.batch():
+            taken.append(batch)
+            hands.clock.now += len(batch) * seconds[len(batch)]
+            hands.policy.batch_done()
+    assert taken[:8] == ["abc", "d"] * 4
+    assert taken[-1] == "abcd"
+
+
 def test_what_a_batch_of_the_size_that_pays_can_answer_is_not_late():
     hands = Hands(max_batch=8, default_deadline_s=60)
     hands.enter("a", deadline_s=3)
