@@ -151,8 +151,11 @@ def descriptors() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[ProcessDecoder]:
-    """A decoder for the tests that do its workers no harm."""
+    """A decoder for the tests that do its workers no harm: both are there, and their pipes closed, as once they are ready."""
+    processes, open_before = children(), descriptors()
     with ProcessDecoder(2) as decoder:
+        until(lambda: len(children() - processes) == 2)
+        until(lambda: not any("pipe:" in link for fd, link in descriptors().items() if fd not in open_before))
         yield decoder
 
 
