@@ -185,7 +185,7 @@ def new(old: Path, tmp_path: Path) -> Path:
 def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new(start: Start, old: Path, new: Path) -> None:
     result = json.loads(finish(start(KILLER, old, new, "30")))
     assert result["lines"] > 50
-    assert result["killed"] > 5
+    assert result["killed"] > 2  # of 30: how many end before their moment is the machine's speed
     assert min(result["old"], result["new"]) > 10
     assert unfinished(old.parent) == []  # the one that was not killed removed what the others left
 

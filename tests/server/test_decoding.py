@@ -165,7 +165,9 @@ def others() -> Iterator[set[int]]:
     before, open_before, threads = children(), descriptors(), threading.active_count()
     yield before
     assert children() == before
-    assert descriptors() == open_before
+    assert (
+        descriptors().items() <= open_before.items()
+    )  # what an earlier test's channel had may have been closed meanwhile
     assert threading.active_count() == threads
 
 
