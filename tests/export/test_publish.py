@@ -66,10 +66,11 @@ while status:
     lines += 1
     _, status = os.waitpid(write(lambda: kill_at(lines)), 0)
     judge()
-start = time.perf_counter()
-os.waitpid(write(lambda: None), 0)
-usual = time.perf_counter() - start
-killed = 0
+def seconds():
+    start = time.perf_counter()
+    os.waitpid(write(lambda: None), 0)
+    return time.perf_counter() - start
+usual, killed = min(seconds() for _ in range(3)), 0  # a slow one would have most end before their moment
 for _ in range(moments):
     child = write(lambda: None)
     time.sleep(random.uniform(0, 1.2 * usual))
@@ -185,7 +186,7 @@ def new(old: Path, tmp_path: Path) -> Path:
 def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new(start: Start, old: Path, new: Path) -> None:
     result = json.loads(finish(start(KILLER, old, new, "30")))
     assert result["lines"] > 50
-    assert result["killed"] > 2  # of 30: how many end before their moment is the machine's speed
+    assert result["killed"] > 5
     assert min(result["old"], result["new"]) > 10
     assert unfinished(old.parent) == []  # the one that was not killed removed what the others left
 
