@@ -41,8 +41,8 @@ from thoraxrt.engine.errors import (
 )
 from thoraxrt.engine.preprocess import network_input
 from thoraxrt.export import Track
+from thoraxrt.export.checkpoint import checkpoint_sha256
 from thoraxrt.export.graph import Normalisation, Reference
-from thoraxrt.export.hub import weight_files
 from thoraxrt.export.source import Given, read_source
 from thoraxrt.server.client import Client
 from thoraxrt.server.models import EngineOptions
@@ -173,8 +173,7 @@ def server_run(bundle: Bundle, client: Client, located: bool) -> Run:
 
 
 def torch_run(manifest: Manifest, checkpoint: Path, network: str | None) -> tuple[Run, str]:
-    """The original as PyTorch loads it, nothing folded, on the same network inputs; and the checkpoint's sha256, of a
-    folder its weights' as in `read_checkpoint`.
+    """The original as PyTorch loads it, nothing folded, on the same network inputs; and the checkpoint's sha256.
 
     `network` is `package.module:factory` where the checkpoint is of no known network. Raises CheckpointError, when it
     is opened too, or where its outputs are not this bundle's.
@@ -198,13 +197,7 @@ def torch_run(manifest: Manifest, checkpoint: Path, network: str | None) -> tupl
             )
         yield partial(_torch_answers, source.reference, manifest)
 
-    digest = hashlib.sha256()
-    try:
-        for file in weight_files(checkpoint) if checkpoint.is_dir() else [checkpoint]:
-            digest.update(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {error.strerror}") from error
-    sha256 = digest.hexdigest()
+    sha256 = checkpoint_sha256(checkpoint)
     return Run(candidate=TORCH, open=opened, identity=f"{sha256} {network}"), sha256
 
 

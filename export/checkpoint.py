@@ -27,7 +27,7 @@ from thoraxrt.export.graph import Normalisation
 from thoraxrt.export.networks import CxrNetwork, ResNet, network_from_state
 from thoraxrt.export.pickled import Shell, content_from_pickle, state_from_shell
 
-__all__ = ["Checkpoint", "read_checkpoint", "read_state", "torchvision_names"]
+__all__ = ["Checkpoint", "checkpoint_sha256", "read_checkpoint", "read_state", "torchvision_names"]
 
 # Where training scripts keep the weights inside a larger dict; Lightning's is state_dict.
 _CONTAINERS = ("state_dict", "model_state_dict", "model")
@@ -101,6 +101,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         "trained_with": config.trained_with,
     }
     return replace(checkpoint, **{field: value for field, value in said.items() if value is not None})
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """The sha256 of a checkpoint, whatever it holds, as in `Checkpoint`. Raises CheckpointError."""
+    sha256 = hashlib.sha256()
+    for file in hub.weight_files(path) if path.is_dir() else [path]:
+        sha256.update(_read(file))
+    return sha256.hexdigest()
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:

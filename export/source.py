@@ -6,7 +6,6 @@ compare it with, and what is known of labels, activation and geometry.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,10 +18,9 @@ import onnx
 from torch import nn
 
 from thoraxrt.engine.bundle import TrainedWith
-from thoraxrt.engine.errors import CheckpointError
 from thoraxrt.engine.postprocess import Activation, Sigmoid, SigmoidOpNorm, Softmax
 from thoraxrt.engine.preprocess import PreprocessSpec, Shorter
-from thoraxrt.export.checkpoint import read_checkpoint, read_state
+from thoraxrt.export.checkpoint import checkpoint_sha256, read_checkpoint, read_state
 from thoraxrt.export.graph import IMAGENET, Normalisation, Reference, ServedNetwork, onnx_from_network, reference_logits
 from thoraxrt.export.surgery import (
     network_from_factory,
@@ -98,7 +96,7 @@ def read_source(path: str | Path, given: Given) -> Source:
     if given.network is not None:
         return _from_factory(path, given, given.network)
     if path.suffix.lower() == ".onnx":
-        return _from_onnx(read_onnx(path), path.stem, _sha256(path), given)
+        return _from_onnx(read_onnx(path), path.stem, checkpoint_sha256(path), given)
     return _from_checkpoint(path, given)
 
 
@@ -133,7 +131,7 @@ def _from_factory(path: Path, given: Given, factory: str) -> Source:
     network = network_from_factory(factory, read_state(path))
     channels = len((given.normalisation or IMAGENET).mean)
     model = onnx_from_module(network, channels, (given.preprocess or CHEXNET).input_size)
-    return _from_onnx(model, type(network).__name__, _sha256(path), given, network)
+    return _from_onnx(model, type(network).__name__, checkpoint_sha256(path), given, network)
 
 
 def _from_onnx(
@@ -169,10 +167,3 @@ def _from_onnx(
 
 def _unsaid(**said: object) -> tuple[str, ...]:
     return tuple(name for name, value in said.items() if value is None)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
