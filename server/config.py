@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, Self, get_args, get_type_hints
 
-import jwt
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from thoraxrt.engine.backends import choose
@@ -32,6 +31,7 @@ from thoraxrt.server.batching import BatchingOptions
 from thoraxrt.server.certificates import server_credentials
 from thoraxrt.server.decoding import ProcessDecoder, WorkerLimits
 from thoraxrt.server.models import EngineOptions
+from thoraxrt.server.oidc import NO_KEYS, Oidc
 from thoraxrt.server.security import Authenticator, SecurityOptions, check_exposure, is_loopback
 from thoraxrt.server.serve import ServeOptions, try_port
 from thoraxrt.server.telemetry import tracing
@@ -428,9 +428,9 @@ def _look_at_security(config: Config) -> Iterator[Finding]:
         yield Finding(level="warning", about="server.insecure", text=text)
     if oidc := security.oidc:
         try:
-            text = f"keys of the provider: {len(jwt.PyJWKClient(oidc.jwks_url, timeout=5.0).get_signing_keys())}"
+            text = f"keys of the provider: {len(Oidc(oidc).signing_keys())}"
             yield Finding(level="ok", about="security.oidc", text=text)
-        except (jwt.PyJWTError, OSError, ValueError) as error:  # no error: the server starts, and asks again
+        except NO_KEYS as error:  # no error: the server starts, and asks again
             text = f"no keys from {oidc.jwks_url}, and without them every token is refused: {error}"
             yield Finding(level="warning", about="security.oidc", text=text)
 

@@ -22,7 +22,10 @@ import jwt
 from thoraxrt.engine.errors import AuthenticationError
 from thoraxrt.server.principal import ROLES, Principal, Role
 
-__all__ = ["Oidc", "OidcOptions"]
+__all__ = ["NO_KEYS", "Oidc", "OidcOptions"]
+
+NO_KEYS: Final = (jwt.PyJWTError, OSError, ValueError)
+"""What asking a provider for its keys raises; OSError: a timeout, too."""
 
 _ALGORITHMS: Final = (
     *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
@@ -139,15 +142,18 @@ class Oidc:
             self._fetching = asyncio.create_task(self.fetch())
         return self._fetching
 
+    def signing_keys(self) -> dict[str, jwt.PyJWK]:
+        """The provider's keys that count, by their id, as it gives them now. Raises one of NO_KEYS; takes seconds then."""
+        return {str(key.key_id): key for key in self._client.get_signing_keys() if key.algorithm_name in _ALGORITHMS}
+
     async def fetch(self) -> None:
         """Fetch the keys now, so that the first call need not wait; where it fails, the log says why."""
         self._attempted = self._clock()
         try:
-            keys = await asyncio.wait_for(asyncio.to_thread(self._client.get_signing_keys), 2 * _TIMEOUT_S)
-        except (jwt.PyJWTError, OSError, ValueError) as error:  # OSError: a timeout, too
+            self._keys = await asyncio.wait_for(asyncio.to_thread(self.signing_keys), 2 * _TIMEOUT_S)
+        except NO_KEYS as error:
             _log.error("no keys from %s: %s: %s", self._options.jwks_url, type(error).__name__, error)
         else:
-            self._keys = {str(key.key_id): key for key in keys if key.algorithm_name in _ALGORITHMS}
             self._fetched = self._clock()
         finally:
             self._fetching = None
