@@ -74,8 +74,8 @@ def server_credentials(options: TlsOptions) -> grpc.ServerCredentials:
     """What `grpc.aio.Server.add_secure_port` takes; the files are looked at again at every connection.
 
     Raises ConfigError for a file that is missing, not PEM, expired or not valid yet, and for a key that is another
-    certificate's or of a kind that gRPC's clients do not take. Of several authorities, one that is valid is enough. A later replacement with such a fault is logged and not
-    used.
+    certificate's or of a kind that gRPC's clients do not take. Of several authorities, one that is valid is enough. A
+    later replacement with such a fault is logged and not used.
     """
     paths = [options.certificate, options.private_key, *([options.client_ca] if options.client_ca else [])]
     watched = Watched(paths, lambda: _configuration(options))

@@ -161,9 +161,9 @@ def _bearer_token(metadata: Sequence[tuple[str, str | bytes]]) -> str | None:
 class AccessInterceptor(grpc.aio.ServerInterceptor):
     """Lets a call reach its handler once its caller is known and has the role; else raises AccessError in its place.
 
-    It raises before the first message is read, in a unary call too, and in a stream where that has changed since. What is raised becomes a status in
-    `thoraxrt.server.calls`, which must come before this one. The handler finds the caller in `current_principal`. Where
-    `audit` may hold addresses, the server's own log says where a refused call came from.
+    It raises before the first message is read, in a unary call too, and in a stream where that has changed since. What
+    is raised becomes a status in `thoraxrt.server.calls`, which must come before this one. The handler finds the caller
+    in `current_principal`. Where `audit` may hold addresses, the server's own log says where a refused call came from.
     """
 
     def __init__(self, authenticator: Authenticator, options: SecurityOptions, audit: AuditLog | None = None) -> None:

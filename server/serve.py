@@ -180,9 +180,9 @@ def serve(
     """Serve until SIGINT or SIGTERM, then finish what is in flight and close the models.
 
     Each image's answer stands in `audit` before it is sent; telemetry and audit log stay their owner's.
-    A second signal ends the process at once, and so does the first one before the models are warm. SIGHUP has the models looked at again; certificates and tokens are, all
-    the time. `announce` gets one line once the models are warm, with the port that
-    was bound; by default it is printed. For the main thread, because signals arrive there. Raises ServerError where a
+    A second signal ends the process at once, and so does the first one before the models are warm. SIGHUP has the models
+    looked at again; certificates and tokens are, all the time. `announce` gets one line once the models are warm, with
+    the port that was bound; by default it is printed. For the main thread, because signals arrive there. Raises ServerError where a
     port cannot be bound, RequestError where strangers could reach it, ConfigError for certificates or tokens that
     cannot be used, and what a model's start raises.
     """
