@@ -13,7 +13,7 @@ import signal
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -78,7 +78,11 @@ class Served:
 
     def children(self) -> list[int]:
         """The processes that it has started: those that decode."""
-        return [int(pid) for task in _tasks(self.pid) for pid in (task / "children").read_text().split()]
+        found: list[int] = []
+        for task in _tasks(self.pid):
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                found += map(int, (task / "children").read_text().split())
+        return found
 
     def resident_bytes(self) -> int:
         """Memory of the server and its children."""
